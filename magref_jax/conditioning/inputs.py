@@ -1,0 +1,105 @@
+"""What the DiT is conditioned on, as one struct, and the array operations that make, join and drop it.
+
+B batch · T text tokens · I image tokens · F/H/W latent frames, height, width · C latent channels · S subjects
+L0 tokens of latent frame 0
+"""
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+# uint8 -> [-1, 1]. A table: XLA divides by 255 inexactly, which moves most values by one unit in the last place.
+_UNIT_RANGE = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """Everything besides noise and time. `None`: this model has no such input, or no subjects are injected."""
+
+    text_embeddings: Float[Array, "B T text_dim"]  # 0 at padding
+    image_embeddings: Float[Array, "B I image_dim"] | None = None  # of the whole canvas
+    reference_latents: Float[Array, "B F H W C"] | None = None  # normalised; canvas, then grey frames
+    region_mask: Float[Array, "B F H W 4"] | None = None  # 1 known, 0 to be generated
+    subject_tokens: Float[Array, "B S T"] | None = None  # 1 where a text token names the subject
+    subject_regions: Float[Array, "B S L0"] | None = None  # 1 where a token of latent frame 0 shows the subject
+
+
+def concatenate_channels(
+    noisy_latents: Float[Array, "B F H W C"], conditioning: Conditioning
+) -> Float[Array, "B F H W in_channels"]:
+    """The DiT input: noise, then region mask, then reference latents. Text-to-video has noise alone."""
+    parts = (noisy_latents, conditioning.region_mask, conditioning.reference_latents)
+    return jnp.concatenate([part for part in parts if part is not None], axis=-1)
+
+
+def zero_padding(
+    embeddings: Float[Array, "B T D"], mask: Bool[Array, "B T"] | Int[Array, "B T"], text_len: int | None = None
+) -> Float[Array, "B text_len D"]:
+    """Text embeddings with zeros at padding, extended with zeros to `text_len` tokens.
+
+    Wan attends to the padding, so that its value matters: the encoder's output there must not survive.
+
+    Raises:
+        ValueError: there are more than `text_len` tokens.
+    """
+    num_tokens = embeddings.shape[1]
+    text_len = num_tokens if text_len is None else text_len
+    if num_tokens > text_len:
+        raise ValueError(f"embeddings have {num_tokens} tokens, more than text_len={text_len}.")
+    # A selection, not a product: 0 * inf of an overflowed padding token would be NaN.
+    zeroed = jnp.where(mask[..., None] != 0, embeddings, 0)
+    return jnp.pad(zeroed, ((0, 0), (0, text_len - num_tokens), (0, 0)))
+
+
+def canvas_frames(
+    canvas_image: UInt8[Array | np.ndarray, "*B height width 3"], num_frames: int
+) -> Float32[Array, "*B num_frames height width 3"]:
+    """The clip whose latents are the reference latents: the canvas in [-1, 1], then grey frames (0).
+
+    Raises:
+        ValueError: no frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1.")
+    frames = jnp.asarray(_UNIT_RANGE)[jnp.asarray(canvas_image)][..., None, :, :, :]
+    grey = [(0, 0)] * (frames.ndim - 4) + [(0, num_frames - 1), (0, 0), (0, 0), (0, 0)]
+    return jnp.pad(frames, grey)
+
+
+def _keep(keep: Bool[Array, "B"], values: Array | None, otherwise: Array | float) -> Array | None:
+    if values is None:
+        return None
+    flags = jnp.reshape(keep, (-1,) + (1,) * (values.ndim - 1))
+    return jnp.where(flags, values, jnp.asarray(otherwise, values.dtype))
+
+
+def drop_text(
+    conditioning: Conditioning, keep: Bool[Array, "B"], null_text_embeddings: Float[Array, "T text_dim"]
+) -> Conditioning:
+    """Where `keep` is false, the text becomes the null text and no token names a subject."""
+    return conditioning.replace(
+        text_embeddings=_keep(keep, conditioning.text_embeddings, null_text_embeddings),
+        subject_tokens=_keep(keep, conditioning.subject_tokens, 0),
+    )
+
+
+def drop_references(
+    conditioning: Conditioning,
+    keep: Bool[Array, "B"],
+    blank_latents: Float[Array, "F H W C"],
+    blank_image_embeddings: Float[Array, "I image_dim"] | None = None,
+) -> Conditioning:
+    """Where `keep` is false, the canvas becomes the blank one: its latents and image embeddings, mask and regions 0.
+
+    Raises:
+        ValueError: the model sees image embeddings and none of the blank canvas are given.
+    """
+    if conditioning.image_embeddings is not None and blank_image_embeddings is None:
+        raise ValueError("blank_image_embeddings is missing: the image embeddings would still show the references.")
+    return conditioning.replace(
+        image_embeddings=_keep(keep, conditioning.image_embeddings, blank_image_embeddings),
+        reference_latents=_keep(keep, conditioning.reference_latents, blank_latents),
+        region_mask=_keep(keep, conditioning.region_mask, 0),
+        subject_regions=_keep(keep, conditioning.subject_regions, 0),
+    )
