@@ -1,0 +1,147 @@
+"""Training batches from emoji world: rendered clips for the VAE, encoded ones for the DiT.
+
+Both are made once and kept, because on a CPU rendering and encoding a clip costs as much as training on it. Clip i of a
+store depends on (seed, i) alone.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from magref_jax.conditioning.canvas import compose_canvas
+from magref_jax.conditioning.case import Case, Encoders, encode_cases, prepare_case, stack_cases
+from magref_jax.conditioning.inputs import Conditioning
+from magref_jax.conditioning.subjects import Subject
+from magref_jax.config import ModelConfig
+from magref_jax.data.emoji_world import Clip, EmojiWorldConfig, Split, sample_clip
+
+NUM_SUBJECTS = 4  # subject slots of a training case
+
+
+def clip_images(clip: Clip) -> list[Image.Image]:
+    return [Image.fromarray(reference.image) for reference in clip.references]
+
+
+def clip_case(config: ModelConfig, tokenizer: Any, clip: Clip, order: int, num_frames: int) -> Case:
+    """The case whose ideal answer is the clip."""
+    height, width = clip.frames.shape[1:3]
+    subjects = [Subject(reference.label, span=reference.label_span) for reference in clip.references]
+    return prepare_case(
+        config,
+        tokenizer,
+        clip.caption,
+        clip_images(clip),
+        subjects,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        order=order,
+        num_subjects=NUM_SUBJECTS,
+    )
+
+
+def render_clips(
+    config: ModelConfig, data: EmojiWorldConfig, split: Split, seed: int, count: int
+) -> UInt8[np.ndarray, "N F H W 3"]:
+    """Clips with their canvas in front, as the VAE sees them later."""
+    clips = np.empty((count, data.num_frames + 1, data.height, data.width, 3), np.uint8)
+    for index in tqdm(range(count), desc="rendering clips", unit="clip"):
+        clip = sample_clip(data, split, seed, index)
+        canvas = compose_canvas(clip_images(clip), data.height, data.width, config.sampling.layout, index)
+        clips[index, 0], clips[index, 1:] = canvas.image, clip.frames
+    return clips
+
+
+def vae_batch(
+    clips: UInt8[np.ndarray, "N F H W 3"],
+    rng: np.random.Generator,
+    batch_size: int,
+    num_frames: int,
+    crop: int | None,
+    stride: int,
+    grey_fraction: float,
+) -> Float[np.ndarray, "B f h w 3"]:
+    """Random windows in time and space, in [-1, 1]; some are a canvas followed by grey frames."""
+    _, length, height, width, _ = clips.shape
+    rows, columns = (height, width) if crop is None else (crop, crop)
+    batch = np.empty((batch_size, num_frames, rows, columns, 3), np.float32)
+    for sample in batch:
+        clip = clips[rng.integers(len(clips))]
+        top = stride * rng.integers((height - rows) // stride + 1)
+        left = stride * rng.integers((width - columns) // stride + 1)
+        # Half of the windows start at the canvas: the cut after it is what the model will have to encode.
+        start = 0 if num_frames > 1 and rng.random() < 0.5 else rng.integers(length - num_frames + 1)
+        window = clip[start : start + num_frames, top : top + rows, left : left + columns]
+        sample[:] = window.astype(np.float32) / 127.5 - 1
+        if start == 0 and rng.random() < 2 * grey_fraction:
+            sample[1:] = 0
+    return batch
+
+
+class EncodedClips:
+    """Clips of emoji world after the frozen encoders, one memory-mapped array per field."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays["clean_latents"])
+
+    def batch(self, rng: np.random.Generator, batch_size: int, num_latent_frames: int) -> tuple[np.ndarray, Conditioning]:
+        """Random clips, cut to their first latent frames: what comes later does not change what a causal VAE made of them."""
+        rows = np.sort(rng.choice(len(self), batch_size, replace=False))
+        fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
+        for name in ("clean_latents", "reference_latents", "region_mask"):
+            fields[name] = fields[name][:, :num_latent_frames]
+        return fields.pop("clean_latents"), Conditioning(**fields)
+
+
+def encode_clips(
+    folder: pathlib.Path,
+    make_clip: Callable[[int], tuple[Case, UInt8[np.ndarray, "F H W 3"]]],
+    encoders: Encoders,
+    count: int,
+    batch_size: int = 16,
+) -> EncodedClips:
+    """Encodes clips 0..count-1 into `folder`; a folder that is complete is only opened, one that is not is continued.
+
+    `make_clip(i)` returns the case and the frames to train toward, in [0, 255].
+    """
+
+    @jax.jit
+    def encode(arrays: dict[str, jax.Array], frames: jax.Array) -> dict[str, jax.Array]:
+        conditioning = encode_cases(encoders, arrays, frames.shape[1])
+        clean = encoders.frames(frames.astype(jnp.float32) / 127.5 - 1)
+        fields = {name: value for name, value in vars(conditioning).items() if value is not None}
+        return {name: value.astype(jnp.float16) for name, value in fields.items()} | {
+            "clean_latents": clean.astype(jnp.float16)
+        }
+
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress"
+    done = int(progress.read_text()) if progress.exists() else 0
+    arrays: dict[str, np.ndarray] = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
+    if arrays and len(arrays["clean_latents"]) != count:
+        raise ValueError(f"{folder} holds {len(arrays['clean_latents'])} clips, the config asks for {count}; remove it.")
+    with tqdm(total=count, initial=done, desc="encoding clips", unit="clip") as bar:
+        while done < count:
+            made = [make_clip(min(index, count - 1)) for index in range(done, done + batch_size)]
+            fields = encode(stack_cases([case for case, _ in made]), np.stack([frames for _, frames in made]))
+            size = min(batch_size, count - done)
+            for name, value in fields.items():
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", np.float16, (count, *value.shape[1:])
+                    )
+                arrays[name][done : done + size] = np.asarray(value[:size])
+            done += size
+            progress.write_text(str(done))
+            bar.update(size)
+    return EncodedClips(arrays)
