@@ -1,0 +1,86 @@
+"""Emoji world: the bundled model, small enough to train on a CPU.
+
+    python train.py configs/emoji.py --stage vae --out runs/emoji
+    python train.py configs/emoji.py --stage dit --out runs/emoji
+"""
+
+from magref_jax.config import (
+    DiTConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    SamplingConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+from magref_jax.data.emoji_world import EmojiWorldConfig
+from magref_jax.training import DiTPhase, DiTTraining, OptimizerConfig, TrainConfig, VAEPhase, VAETraining
+
+model = ModelConfig(
+    dit=DiTConfig(
+        dim=160,
+        ffn_dim=480,
+        num_heads=5,
+        num_layers=5,
+        text_dim=64,
+        text_len=40,
+        image_dim=64,
+        freq_dim=64,
+        rope_theta=100.0,  # positions end at 9
+        dtype="float32",
+        remat="none",
+    ),
+    vae=VAEConfig(
+        base_dim=12,
+        dim_multipliers=(1, 2, 4),
+        num_res_blocks=1,
+        temporal_downsample=(False, True),
+        latent_mean=(0.0,) * 16,
+        latent_std=(1.0,) * 16,
+        convolution="taps",
+    ),
+    text_encoder=TextEncoderConfig(
+        vocab_size=1,  # set by the tokenizer that training writes
+        dim=64,
+        ffn_dim=128,
+        num_heads=8,
+        head_dim=16,
+        num_layers=2,
+        relative_bias_stddev=4.0,  # frozen as initialised: heads that look at fixed offsets tell neighbours apart
+        dtype="float32",
+    ),
+    image_encoder=ImageEncoderConfig(
+        dim=64, ffn_dim=128, num_heads=4, num_layers=2, image_size=48, patch_size=12, dtype="float32"
+    ),
+    sampling=SamplingConfig(
+        height=48,
+        width=72,
+        num_frames=9,
+        num_inference_steps=30,
+        flow_shift=3.0,
+        guidance_scale=2.0,
+        layout="v1",  # every reference in the size it has in the video
+        negative_prompt="",
+    ),
+    subject_alpha=1.0,
+    drop_frames=1,
+    fps=8.0,
+)
+
+config = TrainConfig(
+    model=model,
+    data=EmojiWorldConfig(),
+    vae=VAETraining(
+        phases=(
+            VAEPhase(num_steps=2500, batch_size=16, num_frames=1, crop=32),
+            VAEPhase(num_steps=2500, batch_size=8, num_frames=5, crop=24),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+    ),
+    dit=DiTTraining(
+        phases=(
+            DiTPhase(num_steps=10000, batch_size=16, num_latent_frames=2),
+            DiTPhase(num_steps=6000, batch_size=16, num_latent_frames=5),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+    ),
+)
