@@ -1,0 +1,209 @@
+"""Every dataclass that a model is made of, and the defaults of the released weights.
+
+Lengths are in pixels or frames unless a name says `latent`. Defaults are those of Wan 2.1 I2V 14B, which is also MAGREF.
+
+Precision, once for the whole project: activations run in `dtype`; norms, modulation, timestep embedding, rotary
+embedding, softmax, the DiT head and the solver run in float32 whatever `dtype` is.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal, TypeVar
+
+DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "block", "dots"]
+Layout = Literal["v1", "v2"]
+MaskMode = Literal["region", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer. `image_dim=None` is text-to-video: no CLIP branch."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    in_channels: int = 36  # 16 noisy latent + 4 region mask + 16 reference latent; 16 for text-to-video
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_len: int = 512  # tokens; shorter prompts are zero-padded and the padding is attended, as in Wan
+    image_dim: int | None = 1280
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    dtype: DType = "bfloat16"
+    remat: Remat = "block"
+    attention: str = "xla"  # a name in models.attention.IMPLEMENTATIONS
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"DiTConfig.dim={self.dim} does not split into num_heads={self.num_heads} heads of even width."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+# Per-channel statistics of the Wan 2.1 latent space.
+WAN_LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The causal video autoencoder. Each stage but the last halves height and width."""
+
+    base_dim: int = 96
+    dim_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    temporal_downsample: tuple[bool, ...] = (False, True, True)  # one per stage but the last
+    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    latent_std: tuple[float, ...] = WAN_LATENT_STD
+    dtype: DType = "float32"
+    convolution: Literal["3d", "taps"] = "3d"  # "taps": a sum of 2-D convolutions, 3x faster than XLA's 3-D one on CPU
+
+    def __post_init__(self) -> None:
+        if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
+            raise ValueError(
+                f"VAEConfig.temporal_downsample={self.temporal_downsample} needs one entry per stage but the last: "
+                f"{len(self.dim_multipliers) - 1} for dim_multipliers={self.dim_multipliers}."
+            )
+        if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
+            raise ValueError(
+                f"VAEConfig.latent_mean and latent_std need latent_channels={self.latent_channels} entries."
+            )
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.dim_multipliers) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip: the first frame has one of its own, then one per `temporal_stride` frames."""
+        if num_frames < 1 or (num_frames - 1) % self.temporal_stride:
+            raise ValueError(f"num_frames={num_frames} must be {self.temporal_stride}n + 1 for this VAE.")
+        return (num_frames - 1) // self.temporal_stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """The umT5 encoder; defaults are umT5-XXL."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    ffn_dim: int = 10240
+    num_heads: int = 64
+    head_dim: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    relative_bias_stddev: float = 1.0  # initialisation only; larger: random heads look at fixed offsets
+    dtype: DType = "bfloat16"
+    remat: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEncoderConfig:
+    """The CLIP vision tower; defaults are ViT-H/14. Its output is taken before the last layer."""
+
+    dim: int = 1280
+    ffn_dim: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32  # of the checkpoint; num_layers - 1 are evaluated
+    image_size: int = 224
+    patch_size: int = 14
+    norm_eps: float = 1e-5
+    dtype: DType = "bfloat16"
+    remat: Remat = "none"
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+NEGATIVE_PROMPT = (
+    "镜头晃动，色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """What a user may change for one run; a model folder stores the values its weights were made for."""
+
+    height: int = 480  # pixels
+    width: int = 832  # pixels
+    num_frames: int = 81  # before drop_frames
+    num_inference_steps: int = 40
+    flow_shift: float = 3.0
+    guidance_scale: float = 5.0
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    layout: Layout = "v2"
+    mask_mode: MaskMode = "region"
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A whole model folder: four networks and the facts that belong to its weights."""
+
+    dit: DiTConfig = DiTConfig()
+    vae: VAEConfig = VAEConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    image_encoder: ImageEncoderConfig | None = ImageEncoderConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    subject_alpha: float = 0.0  # strength of value injection; 0 is the released model
+    drop_frames: int = 4  # leading frames that show the canvas, cut from the output
+    fps: float = 16.0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        return from_dict(cls, json.loads(text), "config")
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str) -> T:
+    """Builds a (nested) config dataclass from plain JSON values; an unknown name is an error that lists the known ones."""
+    import types
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{path}: unknown name {unknown[0]!r}; {cls.__name__} has {', '.join(sorted(hints))}.")
+
+    def build(name: str, value: Any) -> Any:
+        options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        nested = [option for option in options if dataclasses.is_dataclass(option)]
+        if nested and isinstance(value, dict):
+            return from_dict(nested[0], value, f"{path}.{name}")
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: build(name, value) for name, value in values.items()})
+
+
+def load_model_config(folder: pathlib.Path) -> ModelConfig:
+    """Reads `config.json` of a model folder."""
+    return ModelConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,101 @@
+"""The float32 pieces that the networks share: normalisations, the timestep embedding and rotary position embedding.
+
+Letters: B batch · L tokens · N heads · K head width · D width
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Real
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · scale in float32, whatever the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / √(variance + eps), then · scale + bias if affine, in float32, whatever the dtype of x."""
+
+    eps: float
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            x = x * scale + bias
+        return x
+
+
+def timestep_embedding(timesteps: Real[Array, "*batch"], dim: int) -> Float[Array, "*batch {dim}"]:
+    """[cos(t · f_j) ‖ sin(t · f_j)] with f_j = 10000^(−2j/dim), to 1e-6 for 0 <= t <= 4096."""
+    frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    # A float32 product t · f_j is off by 3e-5 at t = 999. The whole part of t (12 bits) times the top 12 bits of f_j is
+    # exact; what remains is a small angle that float32 holds well, and the two angles are added by their rotations.
+    mantissa, exponent = np.frexp(frequencies)
+    coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
+    t = timesteps.astype(jnp.float32)[..., None]
+    whole = jnp.floor(t)
+    exact = whole * jnp.asarray(coarse, jnp.float32)
+    rest = whole * jnp.asarray(frequencies - coarse, jnp.float32) + (t - whole) * jnp.asarray(frequencies, jnp.float32)
+    cos = jnp.cos(exact) * jnp.cos(rest) - jnp.sin(exact) * jnp.sin(rest)
+    sin = jnp.sin(exact) * jnp.cos(rest) + jnp.cos(exact) * jnp.sin(rest)
+    return jnp.concatenate([cos, sin], axis=-1)
+
+
+def rotary_rotations(
+    frames: Sequence[int], rows: Sequence[int], columns: Sequence[int], head_dim: int, theta: float
+) -> tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]:
+    """Cosine and sine per token and pair of channels for tokens at these positions, in row-major (frame, row, column) order.
+
+    Height and width own 2·(K//6) channels each and time the rest; pair i of an axis with d channels turns by
+    position · theta^(−2i/d).
+    """
+    spatial_dim = 2 * (head_dim // 6)
+    grid = (len(frames), len(rows), len(columns))
+
+    def angles(axis: int, positions: Sequence[int], dim: int) -> np.ndarray:
+        # float64 on the host: float32 angles lose the fast pairs of late positions.
+        frequencies = theta ** (-np.arange(0, dim, 2) / dim)
+        angle = np.asarray(positions, np.float64)[:, None] * frequencies
+        return np.expand_dims(angle, [other for other in range(3) if other != axis])
+
+    axes = (
+        angles(0, frames, head_dim - 2 * spatial_dim),
+        angles(1, rows, spatial_dim),
+        angles(2, columns, spatial_dim),
+    )
+
+    def table(function: np.ufunc) -> Array:
+        # The per-axis tables are small constants; the table of all tokens (16 MB at 480p) is only built on the device.
+        parts = [jnp.asarray(function(angle), jnp.float32) for angle in axes]
+        parts = [jnp.broadcast_to(part, (*grid, part.shape[-1])) for part in parts]
+        return jnp.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(
+    x: Float[Array, "B L N K"], rotations: tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
+) -> Float[Array, "B L N K"]:
+    """Turns every pair of neighbouring channels (2i, 2i+1) as a complex number, in float32."""
+    cos, sin = (table[:, None, :] for table in rotations)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(x.shape)

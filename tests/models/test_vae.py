@@ -1,0 +1,186 @@
+"""The VAE against what is known without a reference: lengths, causality, chunks, sizes."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magref_jax.config import VAEConfig
+from magref_jax.convert.rules import torch_shapes
+from magref_jax.convert.vae import vae_rules
+from magref_jax.models import vae
+
+FULL_SIZE = VAEConfig()
+# Temporal stride 4, as the released one.
+SMALL = VAEConfig(base_dim=4, dim_multipliers=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+
+
+def abstract_params(config: VAEConfig):
+    stride = config.spatial_stride
+    frames = jax.ShapeDtypeStruct((1, 1, stride, stride, 3), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 1, 1, 1, config.latent_channels), jnp.float32)
+    return jax.eval_shape(vae.VAE(config).init, jax.random.key(0), frames, latents)["params"]
+
+
+@functools.cache
+def params(config: VAEConfig):
+    """Random kernels of unit gain; everything else random too."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return rng.standard_normal(leaf.shape, np.float32) / math.sqrt(max(1, math.prod(leaf.shape[:-1])))
+
+    return jax.tree.map(draw, abstract_params(config))
+
+
+def run(config: VAEConfig, method: str):
+    return jax.jit(functools.partial(vae.VAE(config).apply, {"params": params(config)}, method=method))
+
+
+def random_frames(batch: int, num_frames: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, (batch, num_frames, 8, 8, 3)).astype(np.float32)
+
+
+def random_latents(batch: int, num_latent_frames: int) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal((batch, num_latent_frames, 2, 2, 16), np.float32)
+
+
+def test_full_size_is_that_of_the_released_weights():
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(FULL_SIZE))]
+    assert len(sizes) == 194
+    assert sum(sizes) == 126_892_531
+
+
+def test_table_names_every_released_tensor():
+    shapes = torch_shapes(vae_rules(FULL_SIZE), abstract_params(FULL_SIZE))
+    assert len(shapes) == 194
+    assert sum(map(math.prod, shapes.values())) == 126_892_531
+    released = {
+        "conv1.weight": (32, 32, 1, 1, 1),
+        "conv2.weight": (16, 16, 1, 1, 1),
+        "encoder.conv1.weight": (96, 3, 3, 3, 3),
+        "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1),
+        "encoder.downsamples.2.resample.1.weight": (96, 96, 3, 3),
+        "encoder.downsamples.3.residual.2.weight": (192, 96, 3, 3, 3),
+        "encoder.downsamples.10.residual.6.weight": (384, 384, 3, 3, 3),
+        "encoder.middle.1.norm.gamma": (384, 1, 1),
+        "encoder.middle.1.to_qkv.weight": (1152, 384, 1, 1),
+        "encoder.head.2.weight": (32, 384, 3, 3, 3),
+        "decoder.conv1.weight": (384, 16, 3, 3, 3),
+        "decoder.upsamples.3.resample.1.weight": (192, 384, 3, 3),
+        "decoder.upsamples.4.residual.2.weight": (384, 192, 3, 3, 3),
+        "decoder.upsamples.11.resample.1.weight": (96, 192, 3, 3),
+        "decoder.upsamples.14.residual.6.weight": (96, 96, 3, 3, 3),
+        "decoder.head.2.weight": (3, 96, 3, 3, 3),
+    }
+    assert {name: shapes[name] for name in released} == released
+    assert {name: shape for name, shape in shapes.items() if name.endswith("time_conv.weight")} == {
+        "encoder.downsamples.5.time_conv.weight": (192, 192, 3, 1, 1),
+        "encoder.downsamples.8.time_conv.weight": (384, 384, 3, 1, 1),
+        "decoder.upsamples.3.time_conv.weight": (768, 384, 3, 1, 1),
+        "decoder.upsamples.7.time_conv.weight": (768, 384, 3, 1, 1),
+    }
+    assert {name: shape for name, shape in shapes.items() if name.endswith("shortcut.weight")} == {
+        "encoder.downsamples.3.shortcut.weight": (192, 96, 1, 1, 1),
+        "encoder.downsamples.6.shortcut.weight": (384, 192, 1, 1, 1),
+        "decoder.upsamples.4.shortcut.weight": (384, 192, 1, 1, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_frames", "num_latent_frames"), [(1, 1), (5, 2), (81, 21)])
+def test_lengths(num_frames, num_latent_frames, dtype):
+    config = dataclasses.replace(FULL_SIZE, dtype=dtype)
+    weights = abstract_params(config)
+    frames = jax.ShapeDtypeStruct((1, num_frames, 480, 832, 3), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, num_latent_frames, 60, 104, 16), jnp.float32)
+    for encode in (vae.encode, vae.encode_stream):
+        assert jax.eval_shape(functools.partial(encode, config), weights, frames) == latents
+    for decode in (vae.decode, vae.decode_stream):
+        assert jax.eval_shape(functools.partial(decode, config), weights, latents) == frames
+
+
+@pytest.mark.parametrize("num_frames", [2, 16, 20])
+def test_wrong_number_of_frames_raises(num_frames):
+    frames = jnp.zeros((1, num_frames, 8, 8, 3))
+    message = rf"num_frames={num_frames} must be 4n \+ 1"
+    for encode in (vae.encode, vae.encode_stream):
+        with pytest.raises(ValueError, match=message):
+            encode(SMALL, params(SMALL), frames)
+    with pytest.raises(ValueError, match=message):
+        vae.VAE(SMALL).apply({"params": params(SMALL)}, frames, method="encode")
+
+
+# In latent frames; a chunk encodes 4 frames per latent frame, and one frame for the first.
+@pytest.mark.parametrize(("convolution", "sizes"), [("3d", (1, 2, 2)), ("taps", (2, 3))])
+def test_chunks_equal_the_whole_clip(convolution, sizes):
+    config = dataclasses.replace(SMALL, convolution=convolution)
+    ends = np.cumsum(sizes)[:-1]
+    for method, x, cuts in (("encode", random_frames(2, 17), 4 * ends - 3), ("decode", random_latents(2, 5), ends)):
+        apply = run(config, method)
+        whole = apply(x)[0]
+        assert np.std(whole) > 0.1
+        cache, chunks = None, []
+        for chunk in np.split(x, cuts, axis=1):
+            y, *_, cache = apply(chunk, cache)
+            chunks.append(y)
+        # Float32 rounding: a chunk of another length may add in another order.
+        np.testing.assert_allclose(np.concatenate(chunks, 1), whole, rtol=0, atol=2e-5, err_msg=method)
+
+
+def test_streams_equal_the_whole_clip():
+    for whole, stream, x in (
+        (vae.encode, vae.encode_stream, random_frames(2, 9)),
+        (vae.decode, vae.decode_stream, random_latents(2, 3)),
+    ):
+        expected = jax.jit(functools.partial(whole, SMALL))(params(SMALL), x)
+        streamed = jax.jit(functools.partial(stream, SMALL))(params(SMALL), x)
+        np.testing.assert_allclose(streamed, expected, rtol=0, atol=2e-5)  # float32 rounding
+
+
+def test_decoder_is_causal():
+    latents = random_latents(1, 4).repeat(4, axis=0)
+    for k in range(1, 4):
+        latents[k, k] += 1.0
+    frames, _ = run(SMALL, "decode")(latents)
+    change = np.abs(frames - frames[:1]).max(axis=(2, 3, 4))
+    for k in range(1, 4):
+        assert change[k, : 4 * k - 3].max() == 0
+        assert change[k, 4 * k - 3 :].min() > 1e-3
+
+
+def test_encoder_is_causal():
+    frames = random_frames(1, 13).repeat(13, axis=0)
+    for k in range(1, 13):
+        frames[k, k] += 1.0
+    mean, *_ = run(SMALL, "encode")(frames)
+    change = np.abs(mean - mean[:1]).max(axis=(2, 3, 4))
+    for k in range(1, 13):
+        first = math.ceil(k / 4)
+        assert change[k, :first].max() == 0
+        assert change[k, first:].min() > 1e-4
+
+
+def test_channel_norm():
+    norm = vae.ChannelNorm()
+    scale = {"params": {"scale": jnp.array([1.0, -2.0])}}
+    y = norm.apply(scale, jnp.array([3.0, 4.0]).reshape(1, 1, 1, 1, 2))
+    np.testing.assert_allclose(y.ravel(), math.sqrt(2) * np.array([0.6, -1.6]), rtol=1e-6)
+
+    zeros = jnp.zeros((1, 1, 1, 1, 2))
+    np.testing.assert_array_equal(norm.apply(scale, zeros), zeros)
+    for gradient in jax.tree.leaves(jax.grad(lambda *args: norm.apply(*args).sum(), argnums=(0, 1))(scale, zeros)):
+        assert np.isfinite(gradient).all()
+
+
+def test_normalised_latents_have_the_published_statistics():
+    mean, std = np.float32(-0.7571), np.float32(2.8184)  # channel 0
+    latents = np.zeros((1, 1, 1, 2, 16), np.float32)
+    latents[..., 0] = mean, mean + 2 * std
+    normalised = vae.normalise(FULL_SIZE, latents)
+    np.testing.assert_allclose(normalised[0, 0, 0, :, 0], [0, 2], atol=1e-6)
+    np.testing.assert_allclose(vae.denormalise(FULL_SIZE, normalised), latents, atol=1e-6)
