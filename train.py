@@ -1,9 +1,7 @@
-"""Trains a model from scratch, one stage after another:
+"""Trains a model from scratch, one stage after another.
 
-    python train.py configs/emoji.py --stage vae --out runs/emoji
-    python train.py configs/emoji.py --stage dit --out runs/emoji
-
-The same command continues a run that was cut off. `OUT/model` is a model folder that `sample.py --model` takes.
+Run `python train.py configs/emoji.py --stage vae --out runs/emoji`, then the same with `--stage dit`. The same command
+continues a run that was cut off. `OUT/model` is a model folder that `sample.py --model` takes.
 """
 
 import dataclasses
@@ -23,7 +21,6 @@ import tyro
 from tqdm import tqdm
 
 from magref_jax import checkpoint, pipeline, training
-from magref_jax.conditioning.canvas import compose_canvas
 from magref_jax.conditioning.case import encode_cases, prepare_case, stack_cases
 from magref_jax.config import load_model_config
 from magref_jax.data import emoji_clips, emoji_tokenizer, emoji_world
@@ -50,38 +47,37 @@ def run_phases(
     make_batch: Callable[[Any, np.random.Generator], Any],
 ) -> training.TrainState:
     """The loop. Batch and randomness of step i are functions of (seed, i): a restored run goes on as if never stopped."""
-    manager = checkpoint.checkpoint_manager(out / "checkpoints" / name)
-    if manager.latest_step() is not None:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
-        print(f"continuing at step {int(state.step)}")
     key = jax.random.key(config.seed)
-    num_steps = sum(phase.num_steps for phase in phases)
     ends = np.cumsum([phase.num_steps for phase in phases])
-    log = (out / f"{name}.jsonl").open("a")
     window: list[dict[str, jax.Array]] = []
-    started = time.perf_counter()
-    with tqdm(total=num_steps, initial=int(state.step), desc=name, unit="step") as bar:
-        for step in range(int(state.step), num_steps):
+    with (
+        checkpoint.checkpoint_manager(out / "checkpoints" / name) as manager,
+        (out / f"{name}.jsonl").open("a") as log,
+        tqdm(total=int(ends[-1]), desc=name, unit="step") as bar,
+    ):
+        if manager.latest_step() is not None:
+            abstract = jax.eval_shape(lambda: state)
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+        bar.update(int(state.step))
+        started = time.perf_counter()
+        for step in range(int(state.step), int(ends[-1])):
             phase = phases[int(np.searchsorted(ends, step, side="right"))]
             batch = make_batch(phase, np.random.default_rng([config.seed, step]))
             state, metrics = step_fn(state, batch, key)
             window.append(metrics)
-            if (step + 1) % config.log_every == 0 or step + 1 == num_steps:
+            bar.update()
+            last = step + 1 == ends[-1]
+            if (step + 1) % config.log_every == 0 or last:
                 means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
                 if not np.isfinite(means["loss"]):
                     raise SystemExit(f"train.py: the loss is {means['loss']} at step {step + 1}.")
                 seconds = (time.perf_counter() - started) / len(window)
                 record = {"step": step + 1, **means, "samples_per_second": phase.batch_size / seconds}
-                log.write(json.dumps({k: round(v, 5) for k, v in record.items()}) + "\n")
-                log.flush()
+                print(json.dumps({k: round(v, 5) for k, v in record.items()}), file=log, flush=True)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
                 window, started = [], time.perf_counter()
-            bar.update()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
+            if (step + 1) % config.checkpoint_every == 0 or last:
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
-    manager.wait_until_finished()
-    manager.close()
-    log.close()
     return state
 
 
@@ -175,7 +171,9 @@ class Arguments:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python train.py configs/NAME.py --stage vae|dit --out DIR [--config.… overrides]")
-    default = Arguments(stage="vae", out=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem, config=load_config(sys.argv[1]))
+    default = Arguments(
+        stage="vae", out=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem, config=load_config(sys.argv[1])
+    )
     arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:])
     STAGES[arguments.stage](arguments.config, arguments.out)
 

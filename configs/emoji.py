@@ -1,7 +1,7 @@
-"""Emoji world: the bundled model, small enough to train on a CPU.
+"""Emoji world: the bundled model, small enough to train on a CPU. Both stages, in this order.
 
-    python train.py configs/emoji.py --stage vae --out runs/emoji
-    python train.py configs/emoji.py --stage dit --out runs/emoji
+python train.py configs/emoji.py --stage vae --out runs/emoji
+python train.py configs/emoji.py --stage dit --out runs/emoji
 """
 
 from magref_jax.config import (
@@ -68,7 +68,7 @@ model = ModelConfig(
 
 config = TrainConfig(
     model=model,
-    data=EmojiWorldConfig(),
+    data=EmojiWorldConfig(subject_counts=(0.45, 0.4, 0.15), cross_pair=0.05, background_reference=0.15),
     vae=VAETraining(
         phases=(
             VAEPhase(num_steps=2500, batch_size=16, num_frames=1, crop=32),

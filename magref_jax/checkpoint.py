@@ -55,7 +55,9 @@ def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
         found = checkpointer.metadata(folder).item_metadata.tree
         problems = _differences(found, abstract_params)
         if problems:
-            raise ValueError(f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems))
+            raise ValueError(
+                f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems)
+            )
         return checkpointer.restore(folder, abstract_params)
 
 

@@ -18,7 +18,7 @@ from magref_jax.conditioning.canvas import Canvas, Order, compose_canvas
 from magref_jax.conditioning.inputs import Conditioning, canvas_frames, zero_padding
 from magref_jax.conditioning.region_mask import patch_regions, region_mask
 from magref_jax.conditioning.subjects import Subject, clean_prompt, subject_tokens
-from magref_jax.config import ModelConfig
+from magref_jax.config import Layout, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,11 +54,12 @@ def prepare_case(
     height: int,
     width: int,
     order: Order = "input",
+    layout: Layout | None = None,
     num_subjects: int = 8,
 ) -> Case:
     """Composes the canvas and aligns each subject's words with its region.
 
-    `subjects[i]` are the words of reference i in the prompt, or None. `tokenizer` is a fast Hugging Face tokenizer.
+    `subjects[i]` are the words of reference i in the prompt, or None. `layout` defaults to the model's. `tokenizer` is a fast Hugging Face tokenizer.
 
     Raises:
         ValueError: a size the networks cannot take, too many references, or words that are not in the prompt.
@@ -71,7 +72,7 @@ def prepare_case(
         if value < multiple or value % multiple:
             raise ValueError(f"{name}={value} must be a positive multiple of {multiple} for this model.")
     sampling = config.sampling
-    canvas = compose_canvas(images, height, width, sampling.layout, order)
+    canvas = compose_canvas(images, height, width, layout or sampling.layout, order)
     prompt = clean_prompt(prompt)
     text_len = config.dit.text_len
     encoding = tokenizer(

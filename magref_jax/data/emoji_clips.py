@@ -15,11 +15,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from magref_jax.conditioning.canvas import compose_canvas
+from magref_jax.conditioning.canvas import LIMITS, compose_canvas
 from magref_jax.conditioning.case import Case, Encoders, encode_cases, prepare_case, stack_cases
 from magref_jax.conditioning.inputs import Conditioning
 from magref_jax.conditioning.subjects import Subject
-from magref_jax.config import ModelConfig
+from magref_jax.config import Layout, ModelConfig
 from magref_jax.data.emoji_world import Clip, EmojiWorldConfig, Split, sample_clip
 
 NUM_SUBJECTS = 4  # subject slots of a training case
@@ -27,6 +27,11 @@ NUM_SUBJECTS = 4  # subject slots of a training case
 
 def clip_images(clip: Clip) -> list[Image.Image]:
     return [Image.fromarray(reference.image) for reference in clip.references]
+
+
+def clip_layout(config: ModelConfig, clip: Clip) -> Layout:
+    """The model's layout, or v2 for more references than it holds."""
+    return config.sampling.layout if len(clip.references) <= LIMITS[config.sampling.layout] else "v2"
 
 
 def clip_case(config: ModelConfig, tokenizer: Any, clip: Clip, order: int, num_frames: int) -> Case:
@@ -43,6 +48,7 @@ def clip_case(config: ModelConfig, tokenizer: Any, clip: Clip, order: int, num_f
         height=height,
         width=width,
         order=order,
+        layout=clip_layout(config, clip),
         num_subjects=NUM_SUBJECTS,
     )
 
@@ -54,7 +60,7 @@ def render_clips(
     clips = np.empty((count, data.num_frames + 1, data.height, data.width, 3), np.uint8)
     for index in tqdm(range(count), desc="rendering clips", unit="clip"):
         clip = sample_clip(data, split, seed, index)
-        canvas = compose_canvas(clip_images(clip), data.height, data.width, config.sampling.layout, index)
+        canvas = compose_canvas(clip_images(clip), data.height, data.width, clip_layout(config, clip), index)
         clips[index, 0], clips[index, 1:] = canvas.image, clip.frames
     return clips
 
@@ -94,7 +100,9 @@ class EncodedClips:
     def __len__(self) -> int:
         return len(self.arrays["clean_latents"])
 
-    def batch(self, rng: np.random.Generator, batch_size: int, num_latent_frames: int) -> tuple[np.ndarray, Conditioning]:
+    def batch(
+        self, rng: np.random.Generator, batch_size: int, num_latent_frames: int
+    ) -> tuple[np.ndarray, Conditioning]:
         """Random clips, cut to their first latent frames: what comes later does not change what a causal VAE made of them."""
         rows = np.sort(rng.choice(len(self), batch_size, replace=False))
         fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
@@ -129,7 +137,9 @@ def encode_clips(
     done = int(progress.read_text()) if progress.exists() else 0
     arrays: dict[str, np.ndarray] = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
     if arrays and len(arrays["clean_latents"]) != count:
-        raise ValueError(f"{folder} holds {len(arrays['clean_latents'])} clips, the config asks for {count}; remove it.")
+        raise ValueError(
+            f"{folder} holds {len(arrays['clean_latents'])} clips, the config asks for {count}; remove it."
+        )
     with tqdm(total=count, initial=done, desc="encoding clips", unit="clip") as bar:
         while done < count:
             made = [make_clip(min(index, count - 1)) for index in range(done, done + batch_size)]

@@ -8,9 +8,6 @@ Letters: B batch · F/H/W latent frames, rows, columns · C channels · L video 
 T text tokens · I image tokens · S subjects · D width · N heads · K head width · G timesteps per clip, 1 or F
 """
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -20,22 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
 from magref_jax.config import DiTConfig
-from magref_jax.models.attention import ATTENTION_OUT, FULL, AttentionStructure, dot_product_attention
-from magref_jax.models.layers import LayerNorm, RMSNorm, rotary_rotations, rotate, timestep_embedding
-
-# What a block keeps for its backward pass: everything, only its input, or what its linear layers and attentions return.
-REMAT: dict[str, Callable[[type[nn.Module]], type[nn.Module]]] = {
-    "none": lambda block: block,
-    "block": functools.partial(nn.remat, prevent_cse=False),
-    "dots": functools.partial(
-        nn.remat,
-        prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
-        ),
-    ),
-}
+from magref_jax.models.attention import FULL, AttentionStructure, dot_product_attention
+from magref_jax.models.layers import REMAT, LayerNorm, RMSNorm, rotary_rotations, rotate, timestep_embedding
 
 Rotations = tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
 

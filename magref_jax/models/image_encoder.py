@@ -16,8 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from magref_jax.config import ImageEncoderConfig
-from magref_jax.models.dit import REMAT_POLICIES
-from magref_jax.models.layers import LayerNorm
+from magref_jax.models.layers import REMAT, LayerNorm
 
 # Per-channel statistics of CLIP's training images, in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -142,7 +141,7 @@ class ImageEncoder(nn.Module):
         x = LayerNorm(cfg.norm_eps, name="input_norm")(x + position_embedding)
 
         blocks = nn.scan(
-            nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False),
+            REMAT[cfg.remat](Block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=cfg.num_layers - 1,

@@ -3,13 +3,30 @@
 Letters: B batch · L tokens · N heads · K head width · D width
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Real
+
+from magref_jax.models.attention import ATTENTION_OUT
+
+# What a block keeps for its backward pass: everything, only its input, or what its linear layers and attentions return.
+REMAT: dict[str, Callable[[type[nn.Module]], type[nn.Module]]] = {
+    "none": lambda block: block,
+    "block": functools.partial(nn.remat, prevent_cse=False),
+    "dots": functools.partial(
+        nn.remat,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
+        ),
+    ),
+}
 
 
 class RMSNorm(nn.Module):

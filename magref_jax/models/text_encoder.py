@@ -14,8 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from magref_jax.config import TextEncoderConfig
-from magref_jax.models.dit import REMAT_POLICIES
-from magref_jax.models.layers import RMSNorm
+from magref_jax.models.layers import REMAT, RMSNorm
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
@@ -115,7 +114,7 @@ class TextEncoder(nn.Module):
         mask = rearrange(attention_mask.astype(bool), "b t -> b 1 1 t")
 
         blocks = nn.scan(
-            nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False),
+            REMAT[cfg.remat](Block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -1,0 +1,147 @@
+"""Where arrays live: one mesh with four named axes, and one table per network that says how its parameters are cut.
+
+    data      copies of the model, each with its share of the batch
+    fsdp      share the batch too; parameters are cut over them and gathered layer by layer
+    context   cut the video tokens of one sample
+    tensor    cut the width of the layers
+
+All four axes always exist, of size 1 where unused, so that one code path serves a laptop and a pod. What used to be called
+pjit is `jax.jit` on arrays with these shardings.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+ParamSpecs = tuple[tuple[str, P], ...]  # (regular expression of a whole parameter path, how its dimensions are cut)
+
+
+def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a text such as "data=2,fsdp=-1"; axes that are not named have size 1, and -1 takes what is left.
+
+    Raises:
+        ValueError: an unknown or repeated axis, no whole number, or sizes that do not use every device exactly once.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    named = []
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        axis, equals, size = (text.strip() for text in part.partition("="))
+        if axis not in MESH_AXES:
+            raise ValueError(f"mesh={spec!r} names the axis {axis!r}; the axes are {', '.join(MESH_AXES)}.")
+        if axis in named:
+            raise ValueError(f"mesh={spec!r} names the axis {axis!r} twice.")
+        if not equals or not re.fullmatch(r"-1|0*[1-9][0-9]*", size):
+            raise ValueError(f"mesh={spec!r}: {part!r} must be AXIS=SIZE with a size of 1 or more, or -1 for the rest.")
+        named.append(axis)
+        sizes[axis] = int(size)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"mesh={spec!r} leaves both {' and '.join(rest)} open; at most one axis may be -1.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if rest and len(devices) % known == 0:
+        sizes[rest[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1 device"
+        raise ValueError(f"mesh={spec!r} means {asked}, which does not use the {len(devices)} devices exactly once.")
+    # Auto: in the default, explicit mode Linen layers refuse a contraction over a cut dimension.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+
+
+# A layer that widens is cut at its output by `tensor`, the one that follows it at its input: between them, no exchange.
+_WIDEN = r"(query|key|value|key_image|value_image|up|gate)"
+_NARROW = r"(out|down)"
+
+DIT_PARAM_SPECS: ParamSpecs = (
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"blocks/\w+/{_WIDEN}/bias", P(None, "tensor")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (rf"blocks/\w+/{_NARROW}/bias", P()),
+    (r"(patch_embedding|(text|time|image)_(in|out)|time_modulation)/kernel", P("fsdp", "tensor")),
+    (r"head/out/kernel", P("fsdp", None)),
+    (r"(patch_embedding|(text|time|image)_(in|out)|time_modulation|head/out)/bias", P()),
+    (r"(blocks|head)/modulation", P()),
+    (r"(blocks/(\w+/)?|image_(in|out)_)\w*norm/(scale|bias)", P()),
+)
+
+TEXT_ENCODER_PARAM_SPECS: ParamSpecs = (
+    (r"token_embedding", P(None, ("fsdp", "tensor"))),
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/self_attention/relative_bias", P(None, None, "tensor")),
+    (r"(blocks/\w+_)?norm/scale", P()),
+)
+
+IMAGE_ENCODER_PARAM_SPECS: ParamSpecs = (
+    (r"patch_embedding/kernel|class_embedding|position_embedding", P()),
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"blocks/\w+/{_WIDEN}/bias", P(None, "tensor")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (rf"blocks/\w+/{_NARROW}/bias", P()),
+    (r"(blocks/\w+|input)_norm/(scale|bias)", P()),
+)
+
+# The VAE is 1 % of the model.
+VAE_PARAM_SPECS: ParamSpecs = ((r"(encoder|decoder|quant|post_quant)/.*", P()),)
+
+PARAM_SPECS: Mapping[str, ParamSpecs] = {
+    "dit": DIT_PARAM_SPECS,
+    "vae": VAE_PARAM_SPECS,
+    "text_encoder": TEXT_ENCODER_PARAM_SPECS,
+    "image_encoder": IMAGE_ENCODER_PARAM_SPECS,
+}
+
+
+def param_specs(abstract_params: Any, specs: ParamSpecs) -> Any:
+    """The entry of the table for every parameter, as a tree.
+
+    Raises:
+        ValueError: a parameter matches no entry or several, or has fewer dimensions than its entry.
+    """
+
+    def find(path: tuple[Any, ...], leaf: Any) -> P:
+        name = "/".join(str(key.key) for key in path)
+        found = [(pattern, spec) for pattern, spec in specs if re.fullmatch(pattern, name)]
+        if len(found) != 1:
+            patterns = "; ".join(pattern for pattern, _ in found) or "none"
+            raise ValueError(f"Parameter {name!r} must match exactly one sharding spec, it matches: {patterns}.")
+        if len(found[0][1]) > leaf.ndim:
+            raise ValueError(f"Parameter {name!r} of shape {leaf.shape} has fewer dimensions than {found[0][1]}.")
+        return found[0][1]
+
+    return jax.tree.map_with_path(find, abstract_params)
+
+
+def param_shardings(mesh: Mesh, abstract_params: Any, specs: ParamSpecs) -> Any:
+    """How `mesh` holds each parameter; mesh axes whose size does not divide a dimension leave that dimension whole.
+
+    Raises:
+        ValueError: see `param_specs`.
+    """
+
+    def shard(leaf: Any, spec: P) -> NamedSharding:
+        axes = []
+        for size, names in zip(leaf.shape, spec, strict=False):
+            group = (names,) if isinstance(names, str) else names or ()
+            axes.append(names if size % math.prod(mesh.shape[name] for name in group) == 0 else None)
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(shard, abstract_params, param_specs(abstract_params, specs))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The batch dimension, which comes first everywhere, over `data` and `fsdp`; all others whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def batch_multiple(mesh: Mesh | None) -> int:
+    """What the batch size must be a multiple of."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

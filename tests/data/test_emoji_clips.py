@@ -1,0 +1,104 @@
+"""Batches of emoji world: windows for the VAE, encoded clips for the DiT."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from magref_jax.conditioning.case import Encoders
+from magref_jax.config import DiTConfig, ModelConfig, SamplingConfig, VAEConfig
+from magref_jax.data import emoji_clips, emoji_tokenizer
+from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip, vocabulary
+from magref_jax.pipeline import load_tokenizer
+
+DATA = EmojiWorldConfig(background_reference=1.0, subject_counts=(0.0, 0.0, 1.0))
+CONFIG = ModelConfig(
+    dit=DiTConfig(text_len=40),
+    vae=VAEConfig(dim_multipliers=(1, 2, 4), temporal_downsample=(False, True)),
+    sampling=SamplingConfig(height=48, width=72, num_frames=9, layout="v1"),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    emoji_tokenizer.build_tokenizer(vocabulary(DATA), folder / "tokenizer", 40)
+    return load_tokenizer(folder)
+
+
+def test_three_subjects_and_a_background_take_the_layout_that_holds_four(tokenizer):
+    clip = sample_clip(DATA, "train", 0, 0)
+    assert len(clip.references) == 4
+    case = emoji_clips.clip_case(CONFIG, tokenizer, clip, order=3, num_frames=9)
+    # v2 splits 72x48 into four cells of 36x24: square sprites become 24x24, the background fills its cell.
+    sizes = [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in case.canvas.regions]
+    assert sizes == [(24, 24)] * 3 + [(36, 24)]
+    # Every label's words are marked in the text, and nothing else: as many tokens as the label has words.
+    counts = case.subject_tokens.sum(1)
+    assert counts.tolist() == [len(reference.label.split()) for reference in clip.references]
+    # 24x24 pixels on the 8-pixel token grid: 3 rows and 3 columns where a cell starts on the grid, as all x but 36 do.
+    assert all(9 <= tokens <= 12 for tokens in case.subject_regions[:3].sum(1))
+
+
+def test_one_to_three_references_keep_their_size_in_the_model_layout(tokenizer):
+    data = EmojiWorldConfig(subject_counts=(1.0, 0.0, 0.0))
+    case = emoji_clips.clip_case(CONFIG, tokenizer, sample_clip(data, "train", 0, 1), order=0, num_frames=9)
+    assert case.canvas.regions == ((24, 12, 48, 36),)
+
+
+def test_rendered_clips_start_with_their_canvas():
+    clips = emoji_clips.render_clips(CONFIG, EmojiWorldConfig(), "train", 5, 2)
+    clip = sample_clip(EmojiWorldConfig(), "train", 5, 1)
+    np.testing.assert_array_equal(clips[1, 1:], clip.frames)
+    assert (clips[1, 0] == 255).all(-1).mean() > 0.2  # white around the references
+    assert Image.fromarray(clips[1, 0]).size == (72, 48)
+
+
+def test_vae_windows_lie_inside_their_clip():
+    # Pixel values that say where they come from: clip, frame, row and column.
+    clips = np.zeros((3, 9, 48, 72, 3), np.uint8)
+    clips[..., 0] = np.arange(9)[None, :, None, None] * 10 + np.arange(3)[:, None, None, None]
+    clips[..., 1] = np.arange(48)[:, None]
+    clips[..., 2] = np.arange(72)
+    batch = emoji_clips.vae_batch(clips, np.random.default_rng(0), 64, 5, 16, 4, 0.0)
+    values = np.rint((batch + 1) * 127.5).astype(int)
+    assert batch.shape == (64, 5, 16, 16, 3)
+    np.testing.assert_array_equal(np.diff(values[..., 0] // 10, axis=1), 1)
+    np.testing.assert_array_equal(np.diff(values[..., 1], axis=2), 1)
+    np.testing.assert_array_equal(np.diff(values[..., 2], axis=3), 1)
+    assert set(values[:, 0, 0, 0, 1] % 4) == {0}
+    starts = values[:, 0, 0, 0, 0] // 10
+    assert 0.35 < np.mean(starts == 0) < 0.8  # half by intent, and one in five of the rest
+    grey = emoji_clips.vae_batch(clips, np.random.default_rng(0), 64, 5, 16, 4, 0.5)
+    assert np.array_equal((grey[:, 1:] == 0).all((1, 2, 3, 4)), starts == 0)
+
+
+def test_encoding_is_kept_resumed_and_cut_in_time(tokenizer, tmp_path):
+    seen = []
+
+    def make_clip(index):
+        seen.append(index)
+        clip = sample_clip(EmojiWorldConfig(), "train", 7, index)
+        case = emoji_clips.clip_case(CONFIG, tokenizer, clip, index, 9)
+        return case, np.concatenate([case.canvas.image[None], clip.frames])
+
+    # Encoders with a known answer: every second frame at a quarter of the size.
+    encoders = Encoders(
+        text=lambda ids, mask: ids[..., None] * np.ones(2, np.float32),
+        image=lambda frames: frames[:, :1, :3, 0],
+        frames=lambda frames: frames[:, ::2, ::4, ::4],
+    )
+    clips = emoji_clips.encode_clips(tmp_path, make_clip, encoders, 6, batch_size=4)
+    assert len(clips) == 6
+    (tmp_path / "progress").write_text("4")
+    seen.clear()
+    again = emoji_clips.encode_clips(tmp_path, make_clip, encoders, 6, batch_size=4)
+    assert min(seen) == 4
+    _, frames = make_clip(5)
+    np.testing.assert_allclose(again.arrays["clean_latents"][5], frames[::2, ::4, ::4] / 127.5 - 1, atol=1e-3)
+    clean, conditioning = again.batch(np.random.default_rng(0), 6, 2)
+    assert clean.shape == (6, 2, 12, 18, 3)
+    assert conditioning.region_mask.shape == (6, 2, 12, 18, 4)
+    np.testing.assert_allclose(clean[5], again.arrays["clean_latents"][5, :2])
+    np.testing.assert_array_equal(conditioning.reference_latents[:, 1], 0.0)
+    with pytest.raises(ValueError, match="6 clips, the config asks for 7"):
+        emoji_clips.encode_clips(tmp_path, make_clip, encoders, 7)
