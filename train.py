@@ -81,7 +81,7 @@ def run_phases(
     return state
 
 
-def train_vae(config: training.TrainConfig, out: pathlib.Path) -> None:
+def train_vae(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Path | None = None) -> None:
     """Trains the VAE and writes the model folder with it, the frozen random encoders and the tokenizer."""
     tokenizer_folder = out / "model" / "tokenizer"
     text_len = config.model.dit.text_len
@@ -92,6 +92,7 @@ def train_vae(config: training.TrainConfig, out: pathlib.Path) -> None:
     stage = config.vae
     clips = emoji_clips.render_clips(config.model, config.data, "train", config.seed, stage.num_clips)
     params = jax.jit(lambda key: pipeline.init_params(config.model, key))(jax.random.key(config.seed))
+    params["vae"] = start_params(start, "vae", params["vae"])
     optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
     stride = config.model.vae.spatial_stride
 
@@ -115,7 +116,7 @@ def train_vae(config: training.TrainConfig, out: pathlib.Path) -> None:
     print(f"wrote {out / 'model'}; next: python train.py {sys.argv[1]} --stage dit --out {out}")
 
 
-def train_dit(config: training.TrainConfig, out: pathlib.Path) -> None:
+def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Path | None = None) -> None:
     """Encodes the clips once with the frozen networks of OUT/model, then trains the DiT and adds it to the folder."""
     folder = out / "model"
     stored = load_model_config(folder)
@@ -151,11 +152,19 @@ def train_dit(config: training.TrainConfig, out: pathlib.Path) -> None:
 
     optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
     params = jax.jit(lambda key: pipeline.init_params(model, key)["dit"])(jax.random.key(config.seed))
+    params = start_params(start, "dit", params)
     state = training.init_state(params, optimizer)
     step_fn = training.make_dit_step(config, optimizer, null)
     state = run_phases(out, "dit", config, stage.phases, state, step_fn, make_batch)
     checkpoint.save_model(folder, model, {"dit": state.ema})
     print(f"wrote {folder}; next: python sample.py --model {folder}")
+
+
+def start_params(folder: pathlib.Path | None, name: str, params: checkpoint.Params) -> checkpoint.Params:
+    """The parameters of a model folder to start from, or those given."""
+    if folder is None:
+        return params
+    return checkpoint.restore_params(folder / name, jax.eval_shape(lambda: params))
 
 
 STAGES = {"vae": train_vae, "dit": train_dit}
@@ -165,6 +174,7 @@ STAGES = {"vae": train_vae, "dit": train_dit}
 class Arguments:
     stage: Literal["vae", "dit"]  # the DiT needs the VAE's model folder
     out: pathlib.Path  # checkpoints, logs and the model folder
+    start: pathlib.Path | None  # a model folder whose weights to start from instead of random ones
     config: training.TrainConfig
 
 
@@ -172,10 +182,13 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python train.py configs/NAME.py --stage vae|dit --out DIR [--config.… overrides]")
     default = Arguments(
-        stage="vae", out=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem, config=load_config(sys.argv[1])
+        stage="vae",
+        out=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem,
+        start=None,
+        config=load_config(sys.argv[1]),
     )
     arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:])
-    STAGES[arguments.stage](arguments.config, arguments.out)
+    STAGES[arguments.stage](arguments.config, arguments.out, arguments.start)
 
 
 if __name__ == "__main__":

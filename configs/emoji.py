@@ -27,7 +27,8 @@ model = ModelConfig(
         freq_dim=64,
         rope_theta=100.0,  # positions end at 9
         dtype="float32",
-        remat="none",
+        remat="dots",
+        attention="clipwise",
     ),
     vae=VAEConfig(
         base_dim=12,
@@ -82,5 +83,6 @@ config = TrainConfig(
             DiTPhase(num_steps=6000, batch_size=16, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        num_clips=8000,
     ),
 )

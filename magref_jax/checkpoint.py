@@ -42,7 +42,9 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
 
 
 def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
-    """Reads parameters into the shapes, dtypes and shardings of `abstract_params`.
+    """Reads parameters in the dtype they are stored in, into the shardings of `abstract_params`.
+
+    Without a sharding they come to the first device, wherever they were when they were written.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -51,6 +53,12 @@ def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
     folder = folder.absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; expected the parameters of a network there.")
+    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(stored: Any, expected: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(expected, "sharding", None) or first_device
+        return jax.ShapeDtypeStruct(expected.shape, stored.dtype, sharding=sharding)
+
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(folder).item_metadata.tree
         problems = _differences(found, abstract_params)
@@ -58,7 +66,7 @@ def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
             raise ValueError(
                 f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems)
             )
-        return checkpointer.restore(folder, abstract_params)
+        return checkpointer.restore(folder, jax.tree.map(target, found, abstract_params))
 
 
 def _differences(found: Params, expected: Params, limit: int = 5) -> list[str]:

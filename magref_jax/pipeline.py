@@ -8,22 +8,46 @@
 
 import dataclasses
 import functools
+import hashlib
+import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, UInt8
+from PIL import Image
 
 from magref_jax.checkpoint import Params, restore_model
-from magref_jax.conditioning.case import Encoders
+from magref_jax.conditioning import canvas
+from magref_jax.conditioning.case import (
+    Case,
+    Encoders,
+    check_size,
+    encode_cases,
+    encode_text,
+    prepare_case,
+    stack_cases,
+)
 from magref_jax.conditioning.inputs import Conditioning, concatenate_channels
+from magref_jax.conditioning.region_mask import MODES
+from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import ModelConfig, load_model_config
-from magref_jax.diffusion.sampling import VelocityFn
+from magref_jax.diffusion.flow import make_schedule
+from magref_jax.diffusion.sampling import VelocityFn, denoise, guidance_branches
 from magref_jax.models import vae
 from magref_jax.models.dit import DiT, SubjectInjection
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
 from magref_jax.models.text_encoder import TextEncoder
+from magref_jax.sharding import PARAM_SPECS, batch_multiple, batch_sharding, param_shardings
+from magref_jax.video import to_uint8
+
+# Pixels of a clip from which on the VAE works through it piece by piece. Below, one pass is faster and its memory small.
+STREAM_PIXELS = 2**20
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Params]:
@@ -62,11 +86,32 @@ def encoders(config: ModelConfig, params: dict[str, Params]) -> Encoders:
         pixels = preprocess(frames, image_config.image_size)
         return ImageEncoder(image_config).apply({"params": params["image_encoder"]}, pixels)
 
+    def reference_latents(frames: jax.Array) -> jax.Array:
+        encode = vae.encode_stream if _is_large(frames.shape[1:4]) else vae.encode
+        return encode(config.vae, params["vae"], frames)
+
     return Encoders(
         text=lambda ids, mask: TextEncoder(config.text_encoder).apply({"params": params["text_encoder"]}, ids, mask),
         image=None if image_config is None else image,
-        frames=lambda frames: vae.encode(config.vae, params["vae"], frames),
+        frames=reference_latents if takes_references(config) else None,
     )
+
+
+def takes_references(config: ModelConfig) -> bool:
+    """Whether the DiT has channels for more than noise; a text-to-video model has not."""
+    return config.dit.in_channels > config.vae.latent_channels
+
+
+def decode(config: ModelConfig, vae_params: Params, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
+    """Frames in [-1, 1] of normalised latents."""
+    _, frames, rows, columns, _ = latents.shape
+    strides = config.vae.temporal_stride, config.vae.spatial_stride, config.vae.spatial_stride
+    large = _is_large([size * stride for size, stride in zip((frames, rows, columns), strides, strict=True)])
+    return (vae.decode_stream if large else vae.decode)(config.vae, vae_params, latents)
+
+
+def _is_large(sizes: Sequence[int]) -> bool:
+    return math.prod(sizes) > STREAM_PIXELS
 
 
 def velocity_fn(config: ModelConfig, dit_params: Params, conditioning: Conditioning) -> VelocityFn:
@@ -98,8 +143,8 @@ class Model:
     tokenizer: Any
 
 
-def load(folder: str | pathlib.Path, *, verify: bool = True) -> Model:
-    """Reads a model folder; parameters come in the dtype they are stored in.
+def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, verify: bool = True) -> Model:
+    """Reads a model folder; parameters come in the dtype they are stored in, straight to the devices of `mesh`.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
@@ -107,9 +152,193 @@ def load(folder: str | pathlib.Path, *, verify: bool = True) -> Model:
     """
     folder = pathlib.Path(folder)
     config = load_model_config(folder)
-    config, params = restore_model(folder, abstract_params(config), verify=verify)
+    abstract = abstract_params(config)
+    if mesh is not None:
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            _param_shardings(mesh, abstract),
+        )
+    config, params = restore_model(folder, abstract, verify=verify)
     return Model(config, params, load_tokenizer(folder))
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
+    if not (folder / "tokenizer").is_dir():  # transformers would take a missing folder for the name of a download
+        raise FileNotFoundError(f"{folder / 'tokenizer'} does not exist; expected the files of a tokenizer there.")
     return transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+
+def _param_shardings(mesh: Mesh, params: dict[str, Params]) -> dict[str, Params]:
+    return {name: param_shardings(mesh, tree, PARAM_SPECS[name]) for name, tree in params.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One video to make. `subjects[i]` are the words of reference i in the prompt, or None.
+
+    Noise is a function of (seed, key). So is the order of the references on the canvas, unless it is given.
+    """
+
+    prompt: str
+    images: Sequence[Image.Image] = ()
+    subjects: Sequence[Subject | str | None] = ()
+    seed: int = 0
+    order: canvas.Order | None = None
+    key: str = ""  # the name of this video among others of the same seed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Video:
+    """A finished video, and the case it answers."""
+
+    frames: UInt8[np.ndarray, "F H W 3"]  # without the leading frames that show the canvas
+    case: Case
+
+
+def _digest(request: Request) -> bytes:
+    return hashlib.sha256(f"{request.seed}/{request.key}".encode()).digest()
+
+
+def with_sampling(config: ModelConfig, **overrides: Any) -> ModelConfig:
+    """The config with some of its `SamplingConfig` fields replaced.
+
+    Raises:
+        ValueError: an unknown field, or a value that this model cannot take.
+    """
+    known = [field.name for field in dataclasses.fields(config.sampling)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a sampling option; there are {', '.join(known)}.")
+    sampling = dataclasses.replace(config.sampling, **overrides)
+    check_size(config, sampling.num_frames, sampling.height, sampling.width)
+    if sampling.num_frames <= config.drop_frames:
+        raise ValueError(
+            f"num_frames={sampling.num_frames} leaves no video: the first {config.drop_frames} frames of this model show "
+            "the canvas and are dropped."
+        )
+    make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift)
+    if not math.isfinite(sampling.guidance_scale):
+        raise ValueError(f"guidance_scale={sampling.guidance_scale} must be a finite number.")
+    for name, allowed in (("layout", canvas.LIMITS), ("mask_mode", MODES)):
+        if getattr(sampling, name) not in allowed:
+            raise ValueError(f"{name}={getattr(sampling, name)!r} is unknown; choose from {', '.join(allowed)}.")
+    return dataclasses.replace(config, sampling=sampling)
+
+
+def prepare(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
+    """The case of a request, on the host and without parameters: a request that passes here can be generated.
+
+    Raises:
+        ValueError: references that the model or the layout cannot take, or words that are not in the prompt.
+    """
+    if request.images and not takes_references(config):
+        raise ValueError(f"{len(request.images)} reference images given, but this is a text-to-video model.")
+    order = request.order
+    return prepare_case(
+        config,
+        tokenizer,
+        request.prompt,
+        request.images,
+        request.subjects,
+        num_frames=config.sampling.num_frames,
+        height=config.sampling.height,
+        width=config.sampling.width,
+        order=int.from_bytes(_digest(request)[8:12], "big") if order is None else order,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "F H W C"]:
+    return jax.random.normal(key, shape)
+
+
+def initial_noise(config: ModelConfig, request: Request) -> Float[np.ndarray, "F H W C"]:
+    """Unit normal latents: the same for this (seed, key, size) in any batch, on any number of devices."""
+    sampling, stride = config.sampling, config.vae.spatial_stride
+    shape = (
+        config.vae.num_latent_frames(sampling.num_frames),
+        sampling.height // stride,
+        sampling.width // stride,
+        config.vae.latent_channels,
+    )
+    # Not under the sampling program, where the compiler might fuse and round it differently for every batch size.
+    words = np.frombuffer(_digest(request)[:8], ">u4").astype(np.uint32)
+    with jax.threefry_partitionable(True):
+        return np.asarray(_normal(jax.random.wrap_key_data(words, impl="threefry2x32"), shape))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "on_step"))
+def _sample(
+    params: dict[str, Params],
+    arrays: dict[str, Array],
+    negative: tuple[Int32[Array, "1 T"], Int32[Array, "1 T"]],
+    noise: Float[Array, "B f h w C"],
+    *,
+    config: ModelConfig,
+    on_step: Callable[[int], None] | None,
+) -> UInt8[Array, "B F H W 3"]:
+    """From prepared cases to frames, one program: encoders, solver loop, decoder."""
+    sampling = config.sampling
+    networks = encoders(config, params)
+    conditioning = encode_cases(networks, arrays, sampling.num_frames)
+    guidance = guidance_branches(sampling.guidance_scale)
+    branches = {"conditional": conditioning}
+    if "unconditional" in guidance:
+        text = encode_text(networks, *negative)
+        branches["unconditional"] = conditioning.replace(
+            text_embeddings=jnp.broadcast_to(text, conditioning.text_embeddings.shape),
+            subject_tokens=None,
+            subject_regions=None,
+        )
+    latents = denoise(
+        {name: velocity_fn(config, params["dit"], branch) for name, branch in branches.items()},
+        noise,
+        make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift),
+        solver=sampling.solver,
+        guidance=guidance,
+        on_step=on_step,
+    )
+    return to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :])
+
+
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    *,
+    mesh: Mesh | None = None,
+    on_step: Callable[[int], None] | None = None,
+    **overrides: Any,
+) -> list[Video]:
+    """The videos of the requests, as one batch.
+
+    Args:
+        model: See `load`.
+        requests: Their number is part of the compiled shape; with a mesh it is rounded up to what the mesh divides.
+        mesh: Where to compute; the first device if not given.
+        on_step: Called with the index of each finished solver step. Another function means another compilation.
+        overrides: Fields of `SamplingConfig`; what is not given is as the model folder says.
+
+    Raises:
+        ValueError: an option or a request that this model cannot take.
+    """
+    config = with_sampling(model.config, **overrides)
+    if not requests:
+        return []
+    cases = [prepare(config, model.tokenizer, request) for request in requests]
+    padding = -len(requests) % batch_multiple(mesh)
+    batch = (
+        stack_cases(cases + cases[-1:] * padding),
+        np.stack([initial_noise(config, request) for request in [*requests, *requests[-1:] * padding]]),
+    )
+    params = model.params
+    if mesh is not None:
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        params = jax.device_put(params, _param_shardings(mesh, params))
+    arrays, noise = batch
+    empty = prepare(config, model.tokenizer, Request(config.sampling.negative_prompt))
+    negative = (empty.token_ids[None], empty.attention_mask[None])
+    # The text is an argument of the program already; as a part of the config it would ask for another compilation.
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
+    frames = np.asarray(_sample(params, arrays, negative, noise, config=config, on_step=on_step))
+    return [Video(clip, case) for clip, case in zip(frames, cases, strict=False)]

@@ -36,11 +36,24 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The frozen networks as functions of arrays."""
+    """The frozen networks as functions of arrays; None: the model has no such input."""
 
     text: Callable[[Int32[Array, "B T"], Int32[Array, "B T"]], Float[Array, "B T D"]]
     image: Callable[[Float[Array, "B H W 3"]], Float[Array, "B I E"]] | None  # takes the canvas in [-1, 1]
-    frames: Callable[[Float[Array, "B F H W 3"]], Float[Array, "B f h w C"]]  # → normalised latents
+    frames: Callable[[Float[Array, "B F H W 3"]], Float[Array, "B f h w C"]] | None  # → normalised latents
+
+
+def check_size(config: ModelConfig, num_frames: int, height: int, width: int) -> None:
+    """Refuses clips that the networks cannot take.
+
+    Raises:
+        ValueError: names the argument and what it must be.
+    """
+    config.vae.num_latent_frames(num_frames)
+    for name, value, patch in (("height", height, 1), ("width", width, 2)):
+        multiple = config.vae.spatial_stride * config.dit.patch_size[patch]
+        if value < multiple or value % multiple:
+            raise ValueError(f"{name}={value} must be a positive multiple of {multiple} for this model.")
 
 
 def prepare_case(
@@ -66,11 +79,8 @@ def prepare_case(
     """
     if subjects and len(subjects) != len(images):
         raise ValueError(f"{len(subjects)} subjects given for {len(images)} reference images; give one each, or None.")
+    check_size(config, num_frames, height, width)
     num_latent_frames = config.vae.num_latent_frames(num_frames)
-    for name, value, patch in (("height", height, 1), ("width", width, 2)):
-        multiple = config.vae.spatial_stride * config.dit.patch_size[patch]
-        if value < multiple or value % multiple:
-            raise ValueError(f"{name}={value} must be a positive multiple of {multiple} for this model.")
     sampling = config.sampling
     canvas = compose_canvas(images, height, width, layout or sampling.layout, order)
     prompt = clean_prompt(prompt)
@@ -99,15 +109,21 @@ def stack_cases(cases: Sequence[Case]) -> dict[str, np.ndarray]:
     return arrays | {"canvas": np.stack([case.canvas.image for case in cases])}
 
 
+def encode_text(
+    encoders: Encoders, token_ids: Int32[Array, "B T"], attention_mask: Int32[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Text embeddings, 0 at padding."""
+    return zero_padding(encoders.text(token_ids, attention_mask), attention_mask)
+
+
 def encode_cases(encoders: Encoders, arrays: dict[str, Array], num_frames: int) -> Conditioning:
     """Runs the frozen encoders on stacked cases; safe inside `jax.jit`."""
     frames = canvas_frames(arrays["canvas"], num_frames)
-    text = encoders.text(arrays["token_ids"], arrays["attention_mask"])
     conditioning = Conditioning(
-        text_embeddings=zero_padding(text, arrays["attention_mask"]),
+        text_embeddings=encode_text(encoders, arrays["token_ids"], arrays["attention_mask"]),
         image_embeddings=None if encoders.image is None else encoders.image(frames[:, 0]),
-        reference_latents=encoders.frames(frames),
-        region_mask=jnp.asarray(arrays["region_mask"]),
+        reference_latents=None if encoders.frames is None else encoders.frames(frames),
+        region_mask=None if encoders.frames is None else jnp.asarray(arrays["region_mask"]),
         subject_tokens=jnp.asarray(arrays["subject_tokens"]),
         subject_regions=jnp.asarray(arrays["subject_regions"]),
     )

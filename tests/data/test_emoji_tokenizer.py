@@ -72,6 +72,8 @@ def test_padding_and_truncation(tokenizer):
 
 
 def test_equal_words_in_any_order_give_equal_files(folder, tokenizer, tmp_path):
+    words = tokenizer.convert_ids_to_tokens(range(3, len(tokenizer)))
+    assert words == sorted(words)
     build_tokenizer({*WORDS[::-1], "FOX"}, tmp_path, text_len=12)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

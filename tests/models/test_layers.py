@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magref_jax.models.layers import LayerNorm, RMSNorm, rotary_rotations, rotate, timestep_embedding
+
+
+def test_timestep_embedding_equals_float64_to_1e_6():
+    timesteps = np.concatenate([np.arange(0, 1001), np.linspace(0, 1000, 777)]).astype(np.float32)
+    frequencies = 10000.0 ** (-np.arange(128) / 128)
+    angles = timesteps.astype(np.float64)[:, None] * frequencies
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+
+    actual = jax.jit(timestep_embedding, static_argnums=1)(timesteps, 256)
+
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_timestep_embedding_of_integers_keeps_leading_axes():
+    timesteps = jnp.array([[1, 999], [0, 500]])
+    np.testing.assert_array_equal(
+        timestep_embedding(timesteps, 8).reshape(4, 8), timestep_embedding(timesteps.reshape(4).astype(float), 8)
+    )
+
+
+def exact_rotation(x: np.ndarray, positions: np.ndarray, pairs: tuple[int, int, int]) -> np.ndarray:
+    """Complex multiplication in float64; `pairs` is how many channel pairs belong to each axis of the positions."""
+    z = x.astype(np.float64)[..., 0::2] + 1j * x.astype(np.float64)[..., 1::2]
+    angles = [positions[:, axis, None] * 10000.0 ** (-np.arange(count) / count) for axis, count in enumerate(pairs)]
+    z *= np.exp(1j * np.concatenate(angles, axis=-1))[:, None]
+    return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+
+
+def test_rotation_equals_complex_multiplication_with_the_channels_of_wan():
+    positions = np.array([(f, h, w) for f in range(2) for h in range(3) for w in range(4)])
+    x = np.random.default_rng(0).standard_normal((2, 24, 3, 128)).astype(np.float32)
+
+    actual = rotate(x, rotary_rotations(range(2), range(3), range(4), 128, 10000.0))
+
+    # Of 64 pairs Wan gives 22 to time, 21 to height and 21 to width.
+    np.testing.assert_allclose(actual, exact_rotation(x, positions, (22, 21, 21)), rtol=0, atol=1e-6)
+
+
+def test_rotations_take_late_positions():
+    late = rotary_rotations(range(1000, 1002), [51], [103], 32, 10000.0)
+    positions = np.array([(1000, 51, 103), (1001, 51, 103)])
+    x = np.random.default_rng(1).standard_normal((1, 2, 1, 32)).astype(np.float32)
+    np.testing.assert_allclose(rotate(x, late), exact_rotation(x, positions, (6, 5, 5)), rtol=0, atol=1e-6)
+
+
+def test_norms_equal_their_formulas_and_compute_in_float32():
+    rng = np.random.default_rng(2)
+    # A mean far above the spread is what a one-pass variance or a bfloat16 mean gets wrong.
+    x = jnp.asarray(100 + rng.standard_normal((3, 64)), jnp.bfloat16)
+    scale, bias = rng.standard_normal((2, 64)).astype(np.float32)
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    layer = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 0.01)
+    rms = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 0.01)
+
+    outputs = {
+        "affine": LayerNorm(0.01).apply({"params": {"scale": scale, "bias": bias}}, x),
+        "plain": LayerNorm(0.01, affine=False).apply({}, x),
+        "rms": RMSNorm(0.01).apply({"params": {"scale": scale}}, x),
+    }
+
+    assert {out.dtype for out in outputs.values()} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(outputs["affine"], layer * scale + bias, atol=2e-5)  # float32 at 100 resolves 8e-6
+    np.testing.assert_allclose(outputs["plain"], layer, atol=2e-5)
+    np.testing.assert_allclose(outputs["rms"], rms * scale, atol=1e-6)

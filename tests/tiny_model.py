@@ -1,0 +1,93 @@
+"""A model folder with everything in it and nothing learnt, small enough to write and run in seconds."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from magref_jax import checkpoint, pipeline
+from magref_jax.config import (
+    DiTConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    SamplingConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+from magref_jax.data.emoji_tokenizer import build_tokenizer
+
+WORDS = "a the red apple blue fish and slides right left rises over meadow"
+
+CONFIG = ModelConfig(
+    dit=DiTConfig(
+        dim=24,
+        ffn_dim=32,
+        num_heads=2,
+        num_layers=2,
+        text_dim=16,
+        text_len=16,
+        image_dim=16,
+        freq_dim=16,
+        dtype="float32",
+        remat="none",
+    ),
+    vae=VAEConfig(
+        base_dim=4,
+        dim_multipliers=(1, 2, 2),
+        num_res_blocks=1,
+        temporal_downsample=(False, True),
+        latent_mean=(0.1,) * 16,
+        latent_std=(0.5,) * 16,
+        convolution="taps",
+    ),
+    text_encoder=TextEncoderConfig(
+        vocab_size=128, dim=16, ffn_dim=16, num_heads=2, head_dim=8, num_layers=1, dtype="float32"
+    ),
+    image_encoder=ImageEncoderConfig(
+        dim=16, ffn_dim=16, num_heads=2, num_layers=2, image_size=12, patch_size=6, dtype="float32"
+    ),
+    sampling=SamplingConfig(
+        height=16,
+        width=24,
+        num_frames=5,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        layout="v1",
+        negative_prompt="blue",
+    ),
+    subject_alpha=1.0,
+    drop_frames=1,
+    fps=8.0,
+)
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> dict[str, checkpoint.Params]:
+    """Parameters away from their initial values: a head of zeros would hide everything before it."""
+
+    def make(key: jax.Array) -> dict[str, checkpoint.Params]:
+        params = pipeline.init_params(config, key)
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        changed = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, changed)
+
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def write_model(folder: pathlib.Path, config: ModelConfig = CONFIG, dtype: str | None = "bfloat16") -> pathlib.Path:
+    write_tokenizer = functools.partial(build_tokenizer, WORDS.split(), text_len=config.dit.text_len)
+    checkpoint.save_model(folder, config, random_params(config), dtype, write_tokenizer)
+    return folder
+
+
+def picture(colour: tuple[int, int, int], size: tuple[int, int] = (20, 20)) -> Image.Image:
+    ramp = np.linspace(0, 1, size[0] * size[1]).reshape(size[1], size[0], 1)
+    return Image.fromarray((ramp * np.array(colour)).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_model(tmp_path_factory.mktemp("tiny") / "model")
