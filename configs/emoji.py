@@ -79,10 +79,11 @@ config = TrainConfig(
     ),
     dit=DiTTraining(
         phases=(
-            DiTPhase(num_steps=10000, batch_size=16, num_latent_frames=2),
-            DiTPhase(num_steps=6000, batch_size=16, num_latent_frames=5),
+            DiTPhase(num_steps=7500, batch_size=16, num_latent_frames=2),
+            DiTPhase(num_steps=2600, batch_size=16, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
         num_clips=8000,
+        flow_shift=2.0,
     ),
 )

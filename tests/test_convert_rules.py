@@ -123,8 +123,20 @@ def test_wrong_checkpoints_are_errors(change: dict[str, tuple[int, ...] | None],
 
 
 def test_ambiguous_rules_are_an_error():
-    with pytest.raises(ValueError, match=r"'proj.weight' .* matches 2 conversion rules \('proj.weight', 'proj\.\*'\)"):
-        convert((*RULES, drop("proj.*")), random_tensors(SHAPES), abstract(FLAX_SHAPES))
+    rules = (*RULES, Rule("proj.weight", "other/kernel", LINEAR))
+    params = abstract(FLAX_SHAPES | {"other/kernel": (5, 4)})
+    with pytest.raises(
+        ValueError, match=r"'proj.weight' .* matches 2 conversion rules \('proj.weight', 'proj.weight'\)"
+    ):
+        convert(rules, random_tensors(SHAPES), params)
+
+
+def test_dropping_wins_over_filling_so_a_layer_can_be_left_out():
+    tensors = random_tensors(SHAPES | {"layers.2.gamma": (5, 1, 1)})
+    params = convert((*RULES, drop("layers.2.*")), tensors, abstract(FLAX_SHAPES))
+    np.testing.assert_array_equal(params["blocks"]["gamma"][1], tensors["layers.1.gamma"][:, 0, 0])
+    with pytest.raises(ValueError, match=r"'layers.1.ln.weight' is missing"):
+        convert((*RULES, drop("layers.1.*")), random_tensors(SHAPES), abstract(FLAX_SHAPES))
 
 
 def test_rules_and_parameters_must_cover_each_other():

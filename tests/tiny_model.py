@@ -66,15 +66,18 @@ CONFIG = ModelConfig(
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, checkpoint.Params]:
     """Parameters away from their initial values: a head of zeros would hide everything before it."""
+    rng = np.random.default_rng(seed)
 
-    def make(key: jax.Array) -> dict[str, checkpoint.Params]:
-        params = pipeline.init_params(config, key)
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        changed = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(structure, changed)
+    def make(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.2 * noise
+        if "kernel" not in path[-1].key:
+            return 0.2 * noise
+        stacked = 1 if any(key.key == "blocks" for key in path) else 0
+        return noise / np.sqrt(np.prod(leaf.shape[stacked:-1]))
 
-    return jax.jit(make)(jax.random.key(seed))
+    return jax.tree.map_with_path(make, pipeline.abstract_params(config))
 
 
 def write_model(folder: pathlib.Path, config: ModelConfig = CONFIG, dtype: str | None = "bfloat16") -> pathlib.Path:

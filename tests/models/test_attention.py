@@ -44,8 +44,7 @@ def test_values_and_gradients_equal_float64(implementation: str, with_bias: bool
         out = dot_product_attention(query, key, value, implementation=implementation, bias=bias, scale=scale)
         return jnp.sum(jnp.square(out)) / 2, out
 
-    with jax.default_matmul_precision("highest"):
-        gradients, out = jax.jit(jax.grad(half_square, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    gradients, out = jax.jit(jax.grad(half_square, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
     np.testing.assert_allclose(out, expected, atol=2e-6)  # float32 rounding of values up to 2
     for actual_gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -140,17 +141,24 @@ def test_precision_of_a_bfloat16_model():
     assert {dtype for path, dtype in dtypes.items() if path not in float32} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("attention", ["reference", "clipwise"])
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
-def test_remat_and_attention_leave_the_gradient_as_it_is(params: Any, remat: str, attention: str):
-    def gradient(config: DiTConfig) -> Any:
-        loss = lambda params: jnp.mean(jnp.square(DiT(config).apply({"params": params}, *example_inputs(config))))
-        return jax.jit(jax.grad(loss))(params)
+def gradient(config: DiTConfig, params: Any) -> Any:
+    def loss(params: Any) -> jax.Array:
+        return jnp.mean(jnp.square(DiT(config).apply({"params": params}, *example_inputs(config))))
 
-    expected = gradient(dataclasses.replace(TINY, attention="xla"))
-    actual = gradient(dataclasses.replace(TINY, remat=remat, attention=attention))
-    for actual_leaf, expected_leaf in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual_leaf, expected_leaf, rtol=1e-3, atol=1e-4)
+    return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def plain_gradient(params: Any) -> Any:
+    return gradient(TINY, params)
+
+
+@pytest.mark.parametrize(("remat", "attention"), [("block", "reference"), ("dots", "clipwise")])
+def test_remat_and_attention_leave_the_gradient_as_it_is(params: Any, plain_gradient: Any, remat: str, attention: str):
+    actual = gradient(dataclasses.replace(TINY, remat=remat, attention=attention), params)
+    for actual_leaf, plain_leaf in zip(jax.tree.leaves(actual), jax.tree.leaves(plain_gradient), strict=True):
+        # Two programs round apart by 1e-7 of the largest term of each sum.
+        np.testing.assert_allclose(actual_leaf, plain_leaf, rtol=0, atol=1e-5 * (1 + np.abs(plain_leaf).max()))
 
 
 def two_subjects() -> SubjectInjection:
@@ -162,12 +170,8 @@ def two_subjects() -> SubjectInjection:
 
 
 def test_alpha_zero_is_bitwise_the_plain_model(params: Any, velocity: np.ndarray):
-    actual = jax.jit(
-        lambda params: DiT(TINY).apply(
-            {"params": params}, *example_inputs(TINY), subjects=two_subjects(), subject_alpha=0
-        )
-    )(params)
-    np.testing.assert_array_equal(actual, velocity)
+    model = functools.partial(DiT(TINY).apply, subjects=two_subjects(), subject_alpha=0)
+    np.testing.assert_array_equal(jax.jit(model)({"params": params}, *example_inputs(TINY)), velocity)
 
 
 def test_injection_adds_the_mean_text_value_of_each_subject_in_its_region():
@@ -177,7 +181,7 @@ def test_injection_adds_the_mean_text_value_of_each_subject_in_its_region():
     expected[:, 3] += 0.5 * (value[:, 0] + value[:, 1]) / 2
     expected[:, 4] += 0.5 * ((value[:, 0] + value[:, 1]) / 2 + value[:, 2])
 
-    np.testing.assert_allclose(inject_subjects(x, value, two_subjects(), 0.5), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(inject_subjects(jnp.asarray(x), value, two_subjects(), 0.5), expected, rtol=0, atol=1e-6)
 
 
 def test_injection_changes_the_first_block_inside_the_regions_of_frame_0_only(params: Any):

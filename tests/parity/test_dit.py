@@ -80,8 +80,7 @@ def models(request: pytest.FixtureRequest) -> Models:
 
     @jax.jit
     def run(*inputs: jax.Array | None) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return dit.apply({"params": params}, *inputs)
+        return dit.apply({"params": params}, *inputs)
 
     return config, build_torch_model(config, tensors), run
 

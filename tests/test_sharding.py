@@ -1,0 +1,161 @@
+"""The mesh and the tables: every parameter has one place, and a cut model computes what a whole one does."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from magref_jax import pipeline
+from magref_jax.config import DiTConfig, ModelConfig
+from magref_jax.models.dit import DiT, SubjectInjection
+from magref_jax.sharding import (
+    MESH_AXES,
+    PARAM_SPECS,
+    batch_multiple,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    param_specs,
+)
+
+
+@functools.cache
+def full_size():
+    return pipeline.abstract_params(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("data=8", (8, 1, 1, 1)),
+        ("fsdp=2, tensor=4", (1, 2, 1, 4)),
+        ("data=2,fsdp=-1", (2, 4, 1, 1)),
+        ("tensor=1,context=2,fsdp=2,data=2", (2, 2, 2, 1)),
+    ],
+)
+def test_mesh_has_all_four_axes_whatever_is_named(spec, sizes):
+    mesh = make_mesh(spec)
+    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "context", "tensor")
+    assert tuple(mesh.shape.values()) == sizes
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+
+
+def test_one_device_is_a_mesh_of_ones():
+    assert tuple(make_mesh("", jax.devices()[:1]).shape.values()) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dat=8", "names the axis 'dat'; the axes are data, fsdp, context, tensor"),
+        ("data=2,data=4", "names the axis 'data' twice"),
+        ("data=2", r"means data=2, which does not use the 8 devices exactly once"),
+        ("data=16", "does not use the 8 devices"),
+        ("data=3,fsdp=-1", "does not use the 8 devices"),
+        ("data=-1,fsdp=-1", "leaves both data and fsdp open"),
+        ("data=0", "'data=0' must be AXIS=SIZE"),
+        ("data=two", "'data=two' must be AXIS=SIZE"),
+        ("data", "'data' must be AXIS=SIZE"),
+        ("", "means 1 device, which does not use the 8 devices"),
+    ],
+)
+def test_wrong_meshes_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(spec)
+
+
+@pytest.mark.parametrize("network", PARAM_SPECS)
+def test_every_parameter_of_the_released_model_has_exactly_one_spec(network):
+    specs = param_specs(full_size()[network], PARAM_SPECS[network])
+    assert len(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))) == len(jax.tree.leaves(full_size()[network]))
+
+
+@pytest.mark.parametrize("network", PARAM_SPECS)
+def test_every_spec_of_a_table_is_used(network):
+    for index, _ in enumerate(PARAM_SPECS[network]):
+        fewer = PARAM_SPECS[network][:index] + PARAM_SPECS[network][index + 1 :]
+        with pytest.raises(ValueError, match="must match exactly one sharding spec, it matches: none"):
+            param_specs(full_size()[network], fewer)
+
+
+def test_a_parameter_with_no_spec_or_two_is_named():
+    params = {"blocks": {"up": {"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32)}}}
+    with pytest.raises(ValueError, match="'blocks/up/kernel' must match exactly one sharding spec, it matches: none"):
+        param_specs(params, ((r"up/kernel", P()),))
+    with pytest.raises(ValueError, match=r"it matches: \.\*; blocks/\.\*"):
+        param_specs(params, ((r".*", P()), (r"blocks/.*", P())))
+    with pytest.raises(ValueError, match=r"'blocks/up/kernel' of shape \(2, 4\) has fewer dimensions"):
+        param_specs(params, ((r".*", P(None, None, "fsdp")),))
+
+
+def test_eight_devices_hold_an_eighth_of_the_released_model_each():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    total, held = 0, 0
+    for network in ("dit", "text_encoder", "image_encoder"):
+        shardings = param_shardings(mesh, full_size()[network], PARAM_SPECS[network])
+        for leaf, sharding in zip(jax.tree.leaves(full_size()[network]), jax.tree.leaves(shardings), strict=True):
+            total += leaf.size
+            held += math.prod(sharding.shard_shape(leaf.shape))
+    assert held / total < 1.02 / 8
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    params = {"up": jax.ShapeDtypeStruct((6, 10), jnp.float32), "table": jax.ShapeDtypeStruct((3, 12), jnp.float32)}
+    specs = ((r"up", P("fsdp", "tensor")), (r"table", P(None, ("fsdp", "tensor"))))
+    shardings = param_shardings(mesh, params, specs)
+    assert shardings["up"].spec == P(None, "tensor")
+    assert shardings["table"].spec == P(None, None)
+
+
+def test_batch_is_cut_over_data_and_fsdp():
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    assert batch_multiple(mesh) == 4
+    assert batch_multiple(None) == 1
+    assert batch_sharding(mesh).shard_shape((8, 5, 3)) == (2, 5, 3)
+
+
+@pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=4,context=2"])
+def test_a_cut_dit_computes_what_a_whole_one_does(spec):
+    config = DiTConfig(
+        dim=48,
+        ffn_dim=64,
+        num_heads=4,
+        num_layers=2,
+        text_dim=16,
+        text_len=8,
+        image_dim=16,
+        freq_dim=16,
+        dtype="float32",
+        remat="none",
+    )
+    keys = jax.random.split(jax.random.key(0), 6)
+    arguments = {
+        "latents": jax.random.normal(keys[0], (4, 2, 4, 4, 36)),
+        "timesteps": jnp.array([900.0, 500.0, 100.0, 0.0]),
+        "text_embeddings": jax.random.normal(keys[1], (4, 8, 16)),
+        "image_embeddings": jax.random.normal(keys[2], (4, 5, 16)),
+        "subjects": SubjectInjection(jnp.ones((4, 2, 8)), jnp.eye(2, 4)[None].repeat(4, 0)),
+    }
+    forward = jax.jit(
+        lambda params, arguments: DiT(config).apply({"params": params}, **arguments, subject_alpha=1.0)
+    )
+    abstract = jax.eval_shape(functools.partial(DiT(config).init, **arguments), jax.random.key(0))["params"]
+    leaves, structure = jax.tree.flatten(abstract)
+    rng = np.random.default_rng(0)
+    params = jax.tree.unflatten(
+        structure, [0.3 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    )
+    expected = forward(params, arguments)
+
+    mesh = make_mesh(spec)
+    placed = jax.device_put(params, param_shardings(mesh, params, PARAM_SPECS["dit"]))
+    kernel = placed["blocks"]["feed_forward"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size < kernel.size
+    found = forward(placed, jax.device_put(arguments, batch_sharding(mesh)))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
