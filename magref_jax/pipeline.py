@@ -159,8 +159,14 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, verify: bool =
             abstract,
             _param_shardings(mesh, abstract),
         )
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.text_encoder.vocab_size:  # the lookup would return NaN
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens, more than text_encoder.vocab_size="
+            f"{config.text_encoder.vocab_size}."
+        )
     config, params = restore_model(folder, abstract, verify=verify)
-    return Model(config, params, load_tokenizer(folder))
+    return Model(config, params, tokenizer)
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:

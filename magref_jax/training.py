@@ -177,7 +177,7 @@ class Null:
 
 def drop_conditioning(conditioning: Conditioning, null: Null, stage: DiTTraining, key: jax.Array) -> Conditioning:
     """Independently per sample: no text (what guidance needs), no references, no injection."""
-    text, references, injection = (
+    keep_text, keep_references, keep_injection = (
         ~jax.random.bernoulli(subkey, rate, (len(conditioning.text_embeddings),))
         for subkey, rate in zip(
             jax.random.split(key, 3),
@@ -185,10 +185,14 @@ def drop_conditioning(conditioning: Conditioning, null: Null, stage: DiTTraining
             strict=True,
         )
     )
-    frames = conditioning.reference_latents.shape[1]
-    conditioning = drop_text(conditioning, text, null.text_embeddings)
-    conditioning = drop_references(conditioning, references, null.reference_latents[:frames], null.image_embeddings)
-    return conditioning.replace(subject_tokens=conditioning.subject_tokens * injection[:, None, None])
+    conditioning = drop_text(conditioning, keep_text, null.text_embeddings)
+    if conditioning.reference_latents is not None:
+        blank = null.reference_latents[: conditioning.reference_latents.shape[1]]
+        conditioning = drop_references(conditioning, keep_references, blank, null.image_embeddings)
+    if conditioning.subject_tokens is not None:
+        tokens = conditioning.subject_tokens * keep_injection[:, None, None]
+        conditioning = dataclasses.replace(conditioning, subject_tokens=tokens)
+    return conditioning
 
 
 def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key: jax.Array) -> tuple[Array, Metrics]:

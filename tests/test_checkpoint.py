@@ -28,7 +28,10 @@ def abstract(params=PARAMS):
 @pytest.fixture
 def folder(tmp_path):
     checkpoint.save_model(
-        tmp_path / "model", CONFIG, PARAMS, write_tokenizer=lambda path: (path.mkdir(), (path / "words").write_text("a"))
+        tmp_path / "model",
+        CONFIG,
+        PARAMS,
+        write_tokenizer=lambda path: (path.mkdir(), (path / "words").write_text("a")),
     )
     return tmp_path / "model"
 
@@ -45,7 +48,9 @@ def test_parameters_come_back_in_the_dtype_they_were_stored_in(tmp_path):
     params = checkpoint.restore_params(tmp_path / "dit", abstract()["dit"])  # asks for float32
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16.dtype}
     # 8 bits of mantissa, rounded to nearest.
-    np.testing.assert_allclose(np.asarray(params["up"]["kernel"], np.float32), PARAMS["dit"]["up"]["kernel"], rtol=2**-8)
+    np.testing.assert_allclose(
+        np.asarray(params["up"]["kernel"], np.float32), PARAMS["dit"]["up"]["kernel"], rtol=2**-8
+    )
 
 
 def test_parameters_come_to_the_first_device_from_wherever_they_were_written(tmp_path):
@@ -124,7 +129,9 @@ def test_an_unknown_network_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_config_survives_its_file(tmp_path):
-    config = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, negative_prompt="模糊 \"blurred\""))
+    config = dataclasses.replace(
+        CONFIG, sampling=dataclasses.replace(CONFIG.sampling, negative_prompt='模糊 "blurred"')
+    )
     checkpoint.save_model(tmp_path / "model", config, {})
     restored, _ = checkpoint.restore_model(tmp_path / "model", {})
     assert restored == config

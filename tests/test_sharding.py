@@ -142,9 +142,7 @@ def test_a_cut_dit_computes_what_a_whole_one_does(spec):
         "image_embeddings": jax.random.normal(keys[2], (4, 5, 16)),
         "subjects": SubjectInjection(jnp.ones((4, 2, 8)), jnp.eye(2, 4)[None].repeat(4, 0)),
     }
-    forward = jax.jit(
-        lambda params, arguments: DiT(config).apply({"params": params}, **arguments, subject_alpha=1.0)
-    )
+    forward = jax.jit(lambda params, arguments: DiT(config).apply({"params": params}, **arguments, subject_alpha=1.0))
     abstract = jax.eval_shape(functools.partial(DiT(config).init, **arguments), jax.random.key(0))["params"]
     leaves, structure = jax.tree.flatten(abstract)
     rng = np.random.default_rng(0)

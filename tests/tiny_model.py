@@ -36,22 +36,21 @@ CONFIG = ModelConfig(
     ),
     vae=VAEConfig(
         base_dim=4,
-        dim_multipliers=(1, 2, 2),
+        dim_multipliers=(1, 2),
         num_res_blocks=1,
-        temporal_downsample=(False, True),
+        temporal_downsample=(True,),
         latent_mean=(0.1,) * 16,
         latent_std=(0.5,) * 16,
-        convolution="taps",
     ),
     text_encoder=TextEncoderConfig(
-        vocab_size=128, dim=16, ffn_dim=16, num_heads=2, head_dim=8, num_layers=1, dtype="float32"
+        vocab_size=160, dim=16, ffn_dim=16, num_heads=2, head_dim=8, num_layers=1, dtype="float32"
     ),
     image_encoder=ImageEncoderConfig(
         dim=16, ffn_dim=16, num_heads=2, num_layers=2, image_size=12, patch_size=6, dtype="float32"
     ),
     sampling=SamplingConfig(
-        height=16,
-        width=24,
+        height=8,
+        width=12,
         num_frames=5,
         num_inference_steps=3,
         guidance_scale=2.0,

@@ -149,7 +149,8 @@ def resize_and_pad(
         )
     left, top = (box_width - width) // 2, (box_height - height) // 2
     pixels = np.full((box_height, box_width, 3), WHITE, np.uint8)
-    pixels[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.LANCZOS)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    pixels[top : top + height, left : left + width] = resized
     return pixels, (x0 + left, y0 + top, x0 + left + width, y0 + top + height)
 
 

@@ -4,6 +4,9 @@ B batch · T text tokens · I image tokens · F/H/W latent frames, height, width
 L0 tokens of latent frame 0
 """
 
+import dataclasses
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
@@ -67,9 +70,7 @@ def canvas_frames(
     return jnp.pad(frames, grey)
 
 
-def _keep(keep: Bool[Array, "B"], values: Array | None, otherwise: Array | float) -> Array | None:
-    if values is None:
-        return None
+def _keep(keep: Bool[Array, "B"], values: Array, otherwise: Array | float) -> Array:
     flags = jnp.reshape(keep, (-1,) + (1,) * (values.ndim - 1))
     return jnp.where(flags, values, jnp.asarray(otherwise, values.dtype))
 
@@ -78,9 +79,11 @@ def drop_text(
     conditioning: Conditioning, keep: Bool[Array, "B"], null_text_embeddings: Float[Array, "T text_dim"]
 ) -> Conditioning:
     """Where `keep` is false, the text becomes the null text and no token names a subject."""
-    return conditioning.replace(
+    tokens = conditioning.subject_tokens
+    return dataclasses.replace(
+        conditioning,
         text_embeddings=_keep(keep, conditioning.text_embeddings, null_text_embeddings),
-        subject_tokens=_keep(keep, conditioning.subject_tokens, 0),
+        subject_tokens=None if tokens is None else _keep(keep, tokens, 0),
     )
 
 
@@ -97,9 +100,12 @@ def drop_references(
     """
     if conditioning.image_embeddings is not None and blank_image_embeddings is None:
         raise ValueError("blank_image_embeddings is missing: the image embeddings would still show the references.")
-    return conditioning.replace(
-        image_embeddings=_keep(keep, conditioning.image_embeddings, blank_image_embeddings),
-        reference_latents=_keep(keep, conditioning.reference_latents, blank_latents),
-        region_mask=_keep(keep, conditioning.region_mask, 0),
-        subject_regions=_keep(keep, conditioning.subject_regions, 0),
-    )
+    blank: dict[str, Any] = {
+        "image_embeddings": blank_image_embeddings,
+        "reference_latents": blank_latents,
+        "region_mask": 0,
+        "subject_regions": 0,
+    }
+    given = {name: getattr(conditioning, name) for name in blank}
+    dropped = {name: _keep(keep, values, blank[name]) for name, values in given.items() if values is not None}
+    return dataclasses.replace(conditioning, **dropped)

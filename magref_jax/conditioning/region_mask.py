@@ -27,7 +27,7 @@ def latent_mask(mask: UInt8[np.ndarray, "H W"], stride: int) -> UInt8[np.ndarray
     if height % stride or width % stride:
         raise ValueError(f"mask of {width}x{height} pixels must be a multiple of the spatial stride {stride} each way.")
     cells = mask.reshape(height // stride, stride, width // stride, stride)
-    return cells.any(axis=(1, 3)).astype(np.uint8)
+    return np.asarray(cells.any(axis=(1, 3)), np.uint8)
 
 
 def pack_region_mask(

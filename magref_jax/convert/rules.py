@@ -39,8 +39,12 @@ def reshape(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> Transform:
 
 def split(count: int, each: Transform) -> Transform:
     """Cuts torch axis 0 into `count` equal parts, such as a fused query/key/value."""
+
+    def forward(tensor: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(each.forward(part)) for part in np.split(tensor, count))
+
     return Transform(
-        lambda tensor: tuple(each.forward(part) for part in np.split(tensor, count)),
+        forward,
         lambda *arrays: np.concatenate([each.inverse(array) for array in arrays]),
     )
 

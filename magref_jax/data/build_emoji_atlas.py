@@ -154,7 +154,10 @@ def read_member(folder: Path, package: str, member: str) -> dict:
     if len(tarballs) != 1:
         raise FileNotFoundError(f"{folder} must hold exactly one {package}-VERSION.tgz, found {len(tarballs)}")
     with tarfile.open(tarballs[0]) as tarball:
-        return json.load(tarball.extractfile(f"package/{member}"))
+        file = tarball.extractfile(f"package/{member}")
+        if file is None:
+            raise FileNotFoundError(f"{tarballs[0]} has no file package/{member}")
+        return json.load(file)
 
 
 def read_drawings(folder: Path, icon_set: str) -> dict[str, str]:
@@ -180,7 +183,10 @@ def rasterise(svg: str) -> np.ndarray:
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
-    left, top, right, bottom = image.getchannel("A").point(lambda value: 255 * (value > 16)).getbbox()
+    opaque = image.getchannel("A").point(lambda value: 255 * (value > 16)).getbbox()
+    if opaque is None:
+        raise ValueError("the drawing is empty")
+    left, top, right, bottom = opaque
     side = max(right - left, bottom - top)
     left, top = (left + right - side) // 2, (top + bottom - side) // 2
     inner = TILE_SIZE - 2 * MARGIN

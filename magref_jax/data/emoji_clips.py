@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -100,15 +100,14 @@ class EncodedClips:
     def __len__(self) -> int:
         return len(self.arrays["clean_latents"])
 
-    def batch(
-        self, rng: np.random.Generator, batch_size: int, num_latent_frames: int
-    ) -> tuple[np.ndarray, Conditioning]:
+    def batch(self, rng: np.random.Generator, batch_size: int, num_latent_frames: int) -> tuple[Array, Conditioning]:
         """Random clips, cut to their first latent frames: what comes later does not change what a causal VAE made of them."""
         rows = np.sort(rng.choice(len(self), batch_size, replace=False))
         fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
         for name in ("clean_latents", "reference_latents", "region_mask"):
             fields[name] = fields[name][:, :num_latent_frames]
-        return fields.pop("clean_latents"), Conditioning(**fields)
+        arrays = {name: jnp.asarray(array) for name, array in fields.items()}
+        return arrays.pop("clean_latents"), Conditioning(**arrays)
 
 
 def encode_clips(

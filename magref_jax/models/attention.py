@@ -7,6 +7,7 @@ Letters: B batch · Q query tokens · S key tokens · N heads · K head width
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Implementation:
     structures: frozenset[str] = frozenset({"full"})
 
 
-def _jax(name: str) -> Callable[[Array, Array, Array, Array | None, float], Array]:
+def _jax(name: Literal["xla", "cudnn"]) -> Callable[[Array, Array, Array, Array | None, float], Array]:
     def attend(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
         return jax.nn.dot_product_attention(query, key, value, bias, scale=scale, implementation=name)
 

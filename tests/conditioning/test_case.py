@@ -29,7 +29,9 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def prepare(tokenizer, prompt="the red apple and the fish", images=(RED, BLUE), subjects=("red apple", "fish"), **kwargs):
+def prepare(
+    tokenizer, prompt="the red apple and the fish", images=(RED, BLUE), subjects=("red apple", "fish"), **kwargs
+):
     return prepare_case(CONFIG, tokenizer, prompt, images, subjects, **SIZE | kwargs)
 
 
@@ -37,9 +39,7 @@ def test_subjects_are_tied_to_their_words_and_to_their_regions(tokenizer):
     case = prepare(tokenizer, num_subjects=3)
     # the red apple and the fish </s>, then padding to 8
     np.testing.assert_array_equal(case.attention_mask, [1, 1, 1, 1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(
-        case.subject_tokens, [[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0], [0] * 8]
-    )
+    np.testing.assert_array_equal(case.subject_tokens, [[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0], [0] * 8])
     # v1 gives two references the first and second 16-pixel column of 48, each two tokens of 8 pixels wide and high.
     first = np.tile([1, 1, 0, 0, 0, 0], 2)
     np.testing.assert_array_equal(case.subject_regions, [first, np.roll(first, 2), 0 * first])
