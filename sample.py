@@ -157,16 +157,15 @@ def main(argv: list[str] | None = None) -> None:
         checks.problems.append(f"--out {arguments.out}: is a file; it must be a folder.")
     order = (arguments.layout or "").partition(":")[2] or None
     options_are_right = not checks.problems
-    lines = read_lines(arguments, checks)
-    requests = []
+    if options_are_right:
+        config = pipeline.with_sampling(config, **overrides)
+    lines, requests = read_lines(arguments, checks), []
     for line in lines:
         references = read_references(line, checks)
-        if references is None:
-            continue
-        requests.append(pipeline.Request(line.prompt, *references, arguments.seed, order, line.key))
-        if options_are_right:  # otherwise every line would repeat what is wrong with them
-            config = pipeline.with_sampling(config, **overrides)
-            checks.attempt(line.where, pipeline.prepare, config, tokenizer, requests[-1])
+        if references is not None:
+            requests.append(pipeline.Request(line.prompt, *references, arguments.seed, order, line.key))
+            if options_are_right:  # otherwise every line would repeat what is wrong with them
+                checks.attempt(line.where, pipeline.prepare, config, tokenizer, requests[-1])
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
     if checks.problems:
@@ -183,7 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(starts) * config.sampling.num_inference_steps, unit="step") as bar:
 
         def on_step(step: int) -> None:
+            bar.set_postfix_str("", refresh=False)
             bar.update()
+
+        bar.set_postfix_str("compiling")
 
         for start in starts:
             batch = requests[start : start + batch_size]

@@ -148,7 +148,7 @@ def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     )
 
     def make_batch(phase: training.DiTPhase, rng: np.random.Generator) -> training.Batch:
-        return training.Batch(*clips.batch(rng, phase.batch_size, phase.num_latent_frames))
+        return training.Batch(*clips.batch(rng, phase.batch_size, phase.num_latent_frames, phase.max_references))
 
     optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
     params = jax.jit(lambda key: pipeline.init_params(model, key)["dit"])(jax.random.key(config.seed))

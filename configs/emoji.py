@@ -25,7 +25,6 @@ model = ModelConfig(
         text_len=40,
         image_dim=64,
         freq_dim=64,
-        rope_theta=100.0,  # positions end at 9
         dtype="float32",
         remat="dots",
         attention="clipwise",
@@ -53,7 +52,7 @@ model = ModelConfig(
         dim=64, ffn_dim=128, num_heads=4, num_layers=2, image_size=48, patch_size=12, dtype="float32"
     ),
     sampling=SamplingConfig(
-        height=48,
+        height=56,
         width=72,
         num_frames=9,
         num_inference_steps=30,
@@ -69,7 +68,16 @@ model = ModelConfig(
 
 config = TrainConfig(
     model=model,
-    data=EmojiWorldConfig(subject_counts=(0.45, 0.4, 0.15), cross_pair=0.05, background_reference=0.15),
+    # Sprites start on the 8-pixel grid of the DiT's tokens and move by one token per latent frame, and their references lie
+    # on that grid too: to copy is to attend to a whole token.
+    data=EmojiWorldConfig(
+        height=56,
+        lattice=8,
+        vertical_speed=4,
+        subject_counts=(0.5, 0.35, 0.15),
+        cross_pair=0.05,
+        background_reference=0.15,
+    ),
     vae=VAETraining(
         phases=(
             VAEPhase(num_steps=2500, batch_size=16, num_frames=1, crop=32),
@@ -79,11 +87,12 @@ config = TrainConfig(
     ),
     dit=DiTTraining(
         phases=(
-            DiTPhase(num_steps=7500, batch_size=16, num_latent_frames=2),
-            DiTPhase(num_steps=2600, batch_size=16, num_latent_frames=5),
+            DiTPhase(num_steps=2600, batch_size=16, num_latent_frames=2, max_references=1),
+            DiTPhase(num_steps=1000, batch_size=16, num_latent_frames=2),
+            DiTPhase(num_steps=700, batch_size=16, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
-        num_clips=8000,
+        num_clips=6000,
         flow_shift=2.0,
     ),
 )

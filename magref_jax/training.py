@@ -59,6 +59,7 @@ class DiTPhase:
     num_steps: int
     batch_size: int
     num_latent_frames: int  # of each clip, from its start: fewer are cheaper and enough to learn to copy
+    max_references: int = 4  # clips with more are left out: one is the easiest to learn to copy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ from magref_jax.config import (
     VAEConfig,
 )
 from magref_jax.data.emoji_tokenizer import build_tokenizer
+from magref_jax.data.emoji_world import EmojiWorldConfig, vocabulary
 
-WORDS = "a the red apple blue fish and slides right left rises over meadow"
+WORDS = ["red", "apple", "blue", "fish", *vocabulary(EmojiWorldConfig())]
 
 CONFIG = ModelConfig(
     dit=DiTConfig(
@@ -28,7 +29,7 @@ CONFIG = ModelConfig(
         num_heads=2,
         num_layers=2,
         text_dim=16,
-        text_len=16,
+        text_len=40,
         image_dim=16,
         freq_dim=16,
         dtype="float32",
@@ -43,7 +44,7 @@ CONFIG = ModelConfig(
         latent_std=(0.5,) * 16,
     ),
     text_encoder=TextEncoderConfig(
-        vocab_size=160, dim=16, ffn_dim=16, num_heads=2, head_dim=8, num_layers=1, dtype="float32"
+        vocab_size=1024, dim=16, ffn_dim=16, num_heads=2, head_dim=8, num_layers=1, dtype="float32"
     ),
     image_encoder=ImageEncoderConfig(
         dim=16, ffn_dim=16, num_heads=2, num_layers=2, image_size=12, patch_size=6, dtype="float32"
@@ -80,7 +81,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, checkpoint.Pa
 
 
 def write_model(folder: pathlib.Path, config: ModelConfig = CONFIG, dtype: str | None = "bfloat16") -> pathlib.Path:
-    write_tokenizer = functools.partial(build_tokenizer, WORDS.split(), text_len=config.dit.text_len)
+    write_tokenizer = functools.partial(build_tokenizer, WORDS, text_len=config.dit.text_len)
     checkpoint.save_model(folder, config, random_params(config), dtype, write_tokenizer)
     return folder
 

@@ -96,13 +96,16 @@ class EncodedClips:
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self.arrays = arrays
+        self.counts = arrays["subject_tokens"].any(-1).sum(-1)  # references of each clip
 
     def __len__(self) -> int:
         return len(self.arrays["clean_latents"])
 
-    def batch(self, rng: np.random.Generator, batch_size: int, num_latent_frames: int) -> tuple[Array, Conditioning]:
+    def batch(
+        self, rng: np.random.Generator, batch_size: int, num_latent_frames: int, max_references: int = NUM_SUBJECTS
+    ) -> tuple[Array, Conditioning]:
         """Random clips, cut to their first latent frames: what comes later does not change what a causal VAE made of them."""
-        rows = np.sort(rng.choice(len(self), batch_size, replace=False))
+        rows = np.sort(rng.choice(np.flatnonzero(self.counts <= max_references), batch_size, replace=False))
         fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
         for name in ("clean_latents", "reference_latents", "region_mask"):
             fields[name] = fields[name][:, :num_latent_frames]

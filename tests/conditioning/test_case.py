@@ -25,7 +25,7 @@ RED, BLUE = Image.new("RGB", (30, 30), (255, 0, 0)), Image.new("RGB", (30, 30), 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer("the red apple and blue fish meet".split(), folder / "tokenizer", CONFIG.dit.text_len)
+    build_tokenizer(["the", "red", "apple", "and", "blue", "fish", "meet"], folder / "tokenizer", CONFIG.dit.text_len)
     return load_tokenizer(folder)
 
 
