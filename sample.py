@@ -124,7 +124,8 @@ def write_outputs(
     write_video(path, video.frames, config.fps, None if arguments.no_metadata else metadata)
     canvas = video.case.canvas
     save_image(
-        draw_regions(canvas, [words or "" for words in request.subjects]), path.with_name(f"{line.key}_canvas.png")
+        draw_regions(canvas, [words if isinstance(words, str) else "" for words in request.subjects]),
+        path.with_name(f"{line.key}_canvas.png"),
     )
     return SheetRow(
         references=request.images, canvas=Image.fromarray(canvas.image), frames=video.frames, caption=line.prompt
@@ -156,19 +157,18 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.out.exists() and not arguments.out.is_dir():
         checks.problems.append(f"--out {arguments.out}: is a file; it must be a folder.")
     order = (arguments.layout or "").partition(":")[2] or None
-    options_are_right = not checks.problems
-    if options_are_right:
-        config = pipeline.with_sampling(config, **overrides)
+    # With wrong options, every line would repeat what is wrong with them.
+    config = None if config is None or checks.problems else pipeline.with_sampling(config, **overrides)
     lines, requests = read_lines(arguments, checks), []
     for line in lines:
         references = read_references(line, checks)
         if references is not None:
             requests.append(pipeline.Request(line.prompt, *references, arguments.seed, order, line.key))
-            if options_are_right:  # otherwise every line would repeat what is wrong with them
+            if config is not None:
                 checks.attempt(line.where, pipeline.prepare, config, tokenizer, requests[-1])
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
-    if checks.problems:
+    if config is None or checks.problems:
         checks.stop()
 
     try:
@@ -186,7 +186,6 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
 
         bar.set_postfix_str("compiling")
-
         for start in starts:
             batch = requests[start : start + batch_size]
             bar.set_description(", ".join(request.key for request in batch)[:40])

@@ -130,14 +130,11 @@ def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     tokenizer = pipeline.load_tokenizer(folder)
     num_frames = model.sampling.num_frames
 
-    def make_clip(index: int) -> tuple[Any, np.ndarray]:
+    def make_example(index: int) -> emoji_clips.Example:
         clip = emoji_world.sample_clip(data, "train", config.seed + 1, index)
-        case = emoji_clips.clip_case(model, tokenizer, clip, order=index, num_frames=num_frames)
-        if stage.first_frame_target == "canvas":
-            return case, np.concatenate([case.canvas.image[None], clip.frames])[:num_frames]
-        return case, clip.frames[:num_frames]
+        return emoji_clips.make_example(model, tokenizer, clip, index, stage.first_frame_target)
 
-    clips = emoji_clips.encode_clips(out / "encoded", make_clip, encoders, stage.num_clips)
+    clips = emoji_clips.encode_clips(out / "encoded", make_example, encoders, stage.num_clips)
 
     blank = prepare_case(
         model, tokenizer, "", [], num_frames=num_frames, height=data.height, width=data.width, num_subjects=1

@@ -87,12 +87,13 @@ config = TrainConfig(
     ),
     dit=DiTTraining(
         phases=(
-            DiTPhase(num_steps=2600, batch_size=16, num_latent_frames=2, max_references=1),
+            DiTPhase(num_steps=2000, batch_size=16, num_latent_frames=2, max_references=1),
             DiTPhase(num_steps=1000, batch_size=16, num_latent_frames=2),
             DiTPhase(num_steps=700, batch_size=16, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
         num_clips=6000,
         flow_shift=2.0,
+        subject_weight=5.0,
     ),
 )

@@ -36,7 +36,7 @@ from magref_jax.conditioning.case import (
 from magref_jax.conditioning.inputs import Conditioning, concatenate_channels
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject
-from magref_jax.config import ModelConfig, load_model_config
+from magref_jax.config import ImageEncoderConfig, ModelConfig, load_model_config
 from magref_jax.diffusion.flow import make_schedule
 from magref_jax.diffusion.sampling import VelocityFn, denoise, guidance_branches
 from magref_jax.models import vae
@@ -80,20 +80,19 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Params]:
 
 def encoders(config: ModelConfig, params: dict[str, Params]) -> Encoders:
     """The frozen networks as functions, closed over their parameters."""
-    image_config = config.image_encoder
 
-    def image(frames: jax.Array) -> jax.Array:
-        pixels = preprocess(frames, image_config.image_size)
-        return ImageEncoder(image_config).apply({"params": params["image_encoder"]}, pixels)
+    def image(cfg: ImageEncoderConfig, frames: jax.Array) -> jax.Array:
+        return ImageEncoder(cfg).apply({"params": params["image_encoder"]}, preprocess(frames, cfg.image_size))
 
-    def reference_latents(frames: jax.Array) -> jax.Array:
+    def latents(frames: jax.Array) -> jax.Array:
         encode = vae.encode_stream if _is_large(frames.shape[1:4]) else vae.encode
         return encode(config.vae, params["vae"], frames)
 
     return Encoders(
         text=lambda ids, mask: TextEncoder(config.text_encoder).apply({"params": params["text_encoder"]}, ids, mask),
-        image=None if image_config is None else image,
-        frames=reference_latents if takes_references(config) else None,
+        image=None if config.image_encoder is None else functools.partial(image, config.image_encoder),
+        frames=latents,
+        takes_references=takes_references(config),
     )
 
 
@@ -269,7 +268,7 @@ def initial_noise(config: ModelConfig, request: Request) -> Float[np.ndarray, "F
         config.vae.latent_channels,
     )
     # Not under the sampling program, where the compiler might fuse and round it differently for every batch size.
-    words = np.frombuffer(_digest(request)[:8], ">u4").astype(np.uint32)
+    words = jnp.asarray(np.frombuffer(_digest(request)[:8], ">u4").astype(np.uint32))
     with jax.threefry_partitionable(True):
         return np.asarray(_normal(jax.random.wrap_key_data(words, impl="threefry2x32"), shape))
 
@@ -292,7 +291,8 @@ def _sample(
     branches = {"conditional": conditioning}
     if "unconditional" in guidance:
         text = encode_text(networks, *negative)
-        branches["unconditional"] = conditioning.replace(
+        branches["unconditional"] = dataclasses.replace(
+            conditioning,
             text_embeddings=jnp.broadcast_to(text, conditioning.text_embeddings.shape),
             subject_tokens=None,
             subject_regions=None,
@@ -305,7 +305,7 @@ def _sample(
         guidance=guidance,
         on_step=on_step,
     )
-    return to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :])
+    return jnp.asarray(to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :]))
 
 
 def generate(
@@ -332,19 +332,16 @@ def generate(
     if not requests:
         return []
     cases = [prepare(config, model.tokenizer, request) for request in requests]
+    noise = [initial_noise(config, request) for request in requests]
     padding = -len(requests) % batch_multiple(mesh)
-    batch = (
-        stack_cases(cases + cases[-1:] * padding),
-        np.stack([initial_noise(config, request) for request in [*requests, *requests[-1:] * padding]]),
-    )
+    batch = (stack_cases(cases + cases[-1:] * padding), np.stack(noise + noise[-1:] * padding))
     params = model.params
     if mesh is not None:
         batch = jax.device_put(batch, batch_sharding(mesh))
         params = jax.device_put(params, _param_shardings(mesh, params))
-    arrays, noise = batch
-    empty = prepare(config, model.tokenizer, Request(config.sampling.negative_prompt))
-    negative = (empty.token_ids[None], empty.attention_mask[None])
+    negative = prepare(config, model.tokenizer, Request(config.sampling.negative_prompt))
+    text = (negative.token_ids[None], negative.attention_mask[None])
     # The text is an argument of the program already; as a part of the config it would ask for another compilation.
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
-    frames = np.asarray(_sample(params, arrays, negative, noise, config=config, on_step=on_step))
+    frames = np.asarray(_sample(params, batch[0], text, batch[1], config=config, on_step=on_step))
     return [Video(clip, case) for clip, case in zip(frames, cases, strict=False)]

@@ -121,8 +121,11 @@ def read_image(path: pathlib.Path) -> Image.Image:
 
 def read_references(line: Line, checks: Checks) -> tuple[list[Image.Image], list[str | None]] | None:
     """Images and words of a line's references; None if one of them is wrong."""
-    found = [checks.attempt(line.where, split_reference, text, line.folder) for text in line.references]
-    images = [part and checks.attempt(line.where, read_image, part[0]) for part in found]
-    if None in images:
-        return None
-    return images, [words for _, words in found]
+    images, all_words = [], []
+    for text in line.references:
+        found = checks.attempt(line.where, split_reference, text, line.folder)
+        image = None if found is None else checks.attempt(line.where, read_image, found[0])
+        if found is not None and image is not None:
+            images.append(image)
+            all_words.append(found[1])
+    return (images, all_words) if len(images) == len(line.references) else None

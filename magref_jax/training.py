@@ -70,6 +70,7 @@ class DiTTraining:
     first_frame_target: Literal["canvas", "video"] = "canvas"
     distribution: flow.Distribution = "logit_normal"
     flow_shift: float = 1.0
+    subject_weight: float = 1.0  # of latent cells that show a subject in the loss, against 1 elsewhere
     text_dropout: float = 0.1
     reference_dropout: float = 0.05
     injection_dropout: float = 0.1
@@ -161,9 +162,10 @@ def make_vae_step(config: TrainConfig, optimizer: optax.GradientTransformation) 
 
 @flax.struct.dataclass
 class Batch:
-    """Clean latents with what they are conditioned on."""
+    """Clean latents, where the subjects are in them, and what they are conditioned on."""
 
     clean_latents: Float[Array, "B F H W C"]
+    subject_cells: Float[Array, "B F H W"]  # 1 where a subject is
     conditioning: Conditioning
 
 
@@ -197,7 +199,7 @@ def drop_conditioning(conditioning: Conditioning, null: Null, stage: DiTTraining
 
 
 def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key: jax.Array) -> tuple[Array, Metrics]:
-    """Flow matching: the velocity at a random noise level per clip, mean squared error."""
+    """Flow matching: the velocity at a random noise level per clip, squared error, a mean weighted toward subjects."""
     stage = config.dit
     drop_key, sigma_key, noise_key = jax.random.split(key, 3)
     conditioning = drop_conditioning(batch.conditioning, null, stage, drop_key)
@@ -209,9 +211,11 @@ def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key:
     velocity = velocity_fn(config.model, params, conditioning)(
         flow.interpolate(clean, noise, sigmas), flow.to_timesteps(sigmas)
     )
-    error = jnp.square(velocity - flow.velocity_target(clean, noise))
-    loss = error.mean()
-    return loss, {"loss": loss, "loss_video": error[:, 1:].mean()}
+    error = jnp.square(velocity - flow.velocity_target(clean, noise)).mean(-1)
+    weights = 1 + (stage.subject_weight - 1) * batch.subject_cells
+    loss = jnp.sum(weights * error) / jnp.sum(weights)
+    on_subjects = jnp.sum(batch.subject_cells * error) / jnp.maximum(jnp.sum(batch.subject_cells), 1)
+    return loss, {"loss": loss, "loss_video": error[:, 1:].mean(), "loss_subjects": on_subjects}
 
 
 def make_dit_step(config: TrainConfig, optimizer: optax.GradientTransformation, null: Null) -> TrainStep:

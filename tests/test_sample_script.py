@@ -175,7 +175,7 @@ def test_damaged_weights_are_named_and_nothing_is_written(model_folder, work, ca
 
 def test_references_may_have_colons_in_their_names(work):
     (work / "C:").mkdir()
-    for name in ("C:/red:one.png", "plain:apple"):
+    for name in ("C:/red:one.png", "plain:apple", "fish.png:red"):
         picture((9, 9, 9)).save(work / name, format="PNG")
     for text, file, words in (
         ("apple.png", "apple.png", None),
@@ -183,6 +183,7 @@ def test_references_may_have_colons_in_their_names(work):
         ("C:/red:one.png", "C:/red:one.png", None),
         ("C:/red:one.png: it: red", "C:/red:one.png", "it: red"),
         ("plain:apple", "plain:apple", None),
+        ("fish.png:red:fish", "fish.png:red", "fish"),  # though there is a fish.png too
     ):
         assert split_reference(text, pathlib.Path()) == (pathlib.Path(file), words)
 

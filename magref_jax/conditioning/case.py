@@ -36,11 +36,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The frozen networks as functions of arrays; None: the model has no such input."""
+    """The frozen networks as functions of arrays, and which of their outputs the DiT sees."""
 
     text: Callable[[Int32[Array, "B T"], Int32[Array, "B T"]], Float[Array, "B T D"]]
     image: Callable[[Float[Array, "B H W 3"]], Float[Array, "B I E"]] | None  # takes the canvas in [-1, 1]
-    frames: Callable[[Float[Array, "B F H W 3"]], Float[Array, "B f h w C"]] | None  # → normalised latents
+    frames: Callable[[Float[Array, "B F H W 3"]], Float[Array, "B f h w C"]]  # → normalised latents
+    takes_references: bool = True  # False: text-to-video, without reference latents and region mask
 
 
 def check_size(config: ModelConfig, num_frames: int, height: int, width: int) -> None:
@@ -72,7 +73,8 @@ def prepare_case(
 ) -> Case:
     """Composes the canvas and aligns each subject's words with its region.
 
-    `subjects[i]` are the words of reference i in the prompt, or None. `layout` defaults to the model's. `tokenizer` is a fast Hugging Face tokenizer.
+    `subjects[i]` are the words of reference i in the prompt, or None. `layout` defaults to the model's. `tokenizer` is a
+    fast Hugging Face tokenizer.
 
     Raises:
         ValueError: a size the networks cannot take, too many references, or words that are not in the prompt.
@@ -122,8 +124,8 @@ def encode_cases(encoders: Encoders, arrays: dict[str, Array], num_frames: int) 
     conditioning = Conditioning(
         text_embeddings=encode_text(encoders, arrays["token_ids"], arrays["attention_mask"]),
         image_embeddings=None if encoders.image is None else encoders.image(frames[:, 0]),
-        reference_latents=None if encoders.frames is None else encoders.frames(frames),
-        region_mask=None if encoders.frames is None else jnp.asarray(arrays["region_mask"]),
+        reference_latents=encoders.frames(frames) if encoders.takes_references else None,
+        region_mask=jnp.asarray(arrays["region_mask"]) if encoders.takes_references else None,
         subject_tokens=jnp.asarray(arrays["subject_tokens"]),
         subject_regions=jnp.asarray(arrays["subject_regions"]),
     )

@@ -4,14 +4,15 @@ Both are made once and kept, because on a CPU rendering and encoding a clip cost
 store depends on (seed, i) alone.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -51,6 +52,48 @@ def clip_case(config: ModelConfig, tokenizer: Any, clip: Clip, order: int, num_f
         layout=clip_layout(config, clip),
         num_subjects=NUM_SUBJECTS,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A case, the frames to train toward, and the latent cells where a subject is in them."""
+
+    case: Case
+    frames: UInt8[np.ndarray, "N H W 3"]
+    subject_cells: Bool[np.ndarray, "F h w"]
+
+
+def make_example(
+    config: ModelConfig, tokenizer: Any, clip: Clip, order: int, first_frame_target: Literal["canvas", "video"]
+) -> Example:
+    """The example of a clip: its own first frames, or the canvas and then its first frames."""
+    num_frames = config.sampling.num_frames
+    case = clip_case(config, tokenizer, clip, order, num_frames)
+    boxes = np.stack([subject.boxes for subject in clip.subjects])
+    frames = clip.frames
+    if first_frame_target == "canvas":
+        frames = np.concatenate([case.canvas.image[None], frames])
+        boxes = np.concatenate([np.zeros_like(boxes[:, :1]), boxes], 1)  # empty: no subject moves on the canvas
+    if len(frames) < num_frames:
+        raise ValueError(
+            f"the clip has {len(clip.frames)} frames; first_frame_target={first_frame_target!r} needs more."
+        )
+    cells = subject_cells(config, boxes[:, :num_frames], *frames.shape[1:3])
+    return Example(case, frames[:num_frames], cells)
+
+
+def subject_cells(
+    config: ModelConfig, boxes: Int[np.ndarray, "S N 4"], height: int, width: int
+) -> Bool[np.ndarray, "F h w"]:
+    """Whether a subject's box reaches into a latent cell in any of the pixel frames that the latent frame stands for."""
+    stride = config.vae.spatial_stride
+    pixels = np.zeros((boxes.shape[1], height, width), bool)
+    for track in boxes:
+        for frame, (x0, y0, x1, y1) in enumerate(track):
+            pixels[frame, y0:y1, x0:x1] = True
+    cells = pixels.reshape(len(pixels), height // stride, stride, width // stride, stride).any((2, 4))
+    rest = cells[1:].reshape(-1, config.vae.temporal_stride, *cells.shape[1:]).any(1)
+    return np.concatenate([cells[:1], rest])
 
 
 def render_clips(
@@ -103,32 +146,35 @@ class EncodedClips:
 
     def batch(
         self, rng: np.random.Generator, batch_size: int, num_latent_frames: int, max_references: int = NUM_SUBJECTS
-    ) -> tuple[Array, Conditioning]:
-        """Random clips, cut to their first latent frames: what comes later does not change what a causal VAE made of them."""
+    ) -> tuple[Array, Array, Conditioning]:
+        """(clean latents, subject cells, conditioning) of random clips, cut to their first latent frames.
+
+        The cut is exact: what comes later does not change what a causal VAE made of them.
+        """
         rows = np.sort(rng.choice(np.flatnonzero(self.counts <= max_references), batch_size, replace=False))
         fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
-        for name in ("clean_latents", "reference_latents", "region_mask"):
+        for name in ("clean_latents", "subject_cells", "reference_latents", "region_mask"):
             fields[name] = fields[name][:, :num_latent_frames]
         arrays = {name: jnp.asarray(array) for name, array in fields.items()}
-        return arrays.pop("clean_latents"), Conditioning(**arrays)
+        return arrays.pop("clean_latents"), arrays.pop("subject_cells"), Conditioning(**arrays)
 
 
 def encode_clips(
     folder: pathlib.Path,
-    make_clip: Callable[[int], tuple[Case, UInt8[np.ndarray, "F H W 3"]]],
+    make: Callable[[int], Example],
     encoders: Encoders,
     count: int,
     batch_size: int = 16,
 ) -> EncodedClips:
-    """Encodes clips 0..count-1 into `folder`; a folder that is complete is only opened, one that is not is continued.
-
-    `make_clip(i)` returns the case and the frames to train toward, in [0, 255].
-    """
+    """Encodes examples 0..count-1 into `folder`; a folder that is complete is only opened, one that is not is continued."""
+    if encoders.frames is None:
+        raise ValueError("encoders.frames is missing: a text-to-video model has no reference latents to encode.")
+    encode_frames = encoders.frames
 
     @jax.jit
     def encode(arrays: dict[str, jax.Array], frames: jax.Array) -> dict[str, jax.Array]:
         conditioning = encode_cases(encoders, arrays, frames.shape[1])
-        clean = encoders.frames(frames.astype(jnp.float32) / 127.5 - 1)
+        clean = encode_frames(frames.astype(jnp.float32) / 127.5 - 1)
         fields = {name: value for name, value in vars(conditioning).items() if value is not None}
         return {name: value.astype(jnp.float16) for name, value in fields.items()} | {
             "clean_latents": clean.astype(jnp.float16)
@@ -144,8 +190,9 @@ def encode_clips(
         )
     with tqdm(total=count, initial=done, desc="encoding clips", unit="clip") as bar:
         while done < count:
-            made = [make_clip(min(index, count - 1)) for index in range(done, done + batch_size)]
-            fields = encode(stack_cases([case for case, _ in made]), np.stack([frames for _, frames in made]))
+            made = [make(min(index, count - 1)) for index in range(done, done + batch_size)]
+            fields = encode(stack_cases([each.case for each in made]), np.stack([each.frames for each in made]))
+            fields["subject_cells"] = np.stack([each.subject_cells for each in made])
             size = min(batch_size, count - done)
             for name, value in fields.items():
                 if name not in arrays:

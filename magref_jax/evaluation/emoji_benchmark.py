@@ -96,7 +96,7 @@ def reconstruct_videos(model: pipeline.Model, clips: Sequence[Clip], batch_size:
     @jax.jit
     def reconstruct(params: Any, frames: jax.Array) -> jax.Array:
         latents = vae.encode(config.vae, params, frames.astype(jnp.float32) / 127.5 - 1)
-        return to_uint8(pipeline.decode(config, params, latents)[:, drop_frames:])
+        return pipeline.decode(config, params, latents)[:, drop_frames:]
 
     def with_canvas(clip: Clip) -> UInt8[np.ndarray, "F H W 3"]:
         height, width = clip.frames.shape[1:3]
@@ -107,7 +107,7 @@ def reconstruct_videos(model: pipeline.Model, clips: Sequence[Clip], batch_size:
     for start in tqdm(range(0, len(clips), batch_size), desc="VAE", unit="batch"):
         batch = [with_canvas(clip) for clip in clips[start : start + batch_size]]
         batch += batch[-1:] * (min(batch_size, len(clips)) - len(batch))
-        videos.append(np.asarray(reconstruct(model.params["vae"], np.stack(batch))))
+        videos.append(to_uint8(np.asarray(reconstruct(model.params["vae"], np.stack(batch)))))
     return np.concatenate(videos)[: len(clips)]
 
 
@@ -125,13 +125,15 @@ def write_table(columns: Columns, data: EmojiWorldConfig) -> str:
 
 
 def _sheet_row(clip: Clip, frames: UInt8[np.ndarray, "F H W 3"], canvas: Image.Image, scores: Scores) -> SheetRow:
-    shown = ("identity_top1", "present", "motion", "background")
-    marks = ", ".join(f"{name} {scores[name].sum():.0f}/{len(scores[name])}" for name in shown)
+    marks = []
+    for metric in ("identity_top1", "present", "motion", "background"):
+        values = np.concatenate([scores[name] for name in scores if name.partition("/")[0] == metric])
+        marks.append(f"{metric} {values.sum():.0f}/{len(values)}")
     return SheetRow(
         references=clip_images(clip),
         canvas=canvas,
         frames=np.concatenate([clip.frames, frames], axis=1),
-        caption=f"{clip.caption} ({marks})",
+        caption=f"{clip.caption} ({', '.join(marks)})",
     )
 
 

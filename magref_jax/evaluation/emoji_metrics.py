@@ -12,7 +12,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -30,6 +30,7 @@ from magref_jax.data.emoji_world import (
 
 Array = np.ndarray
 Frames = UInt8[Array, "F H W 3"]
+Videos = Sequence[Frames] | UInt8[Array, "N F H W 3"]
 Scores = dict[str, Float[Array, "n"]]
 
 NUM_CANDIDATES = 32  # identities a subject is picked from, itself included
@@ -53,7 +54,7 @@ METRICS: Mapping[str, Metric] = {
     "similarity": Metric("similarity to the reference", None),
     "present": Metric("subjects present", None),
     "all_present": Metric("videos with every subject", None),
-    "motion": Metric("motion", lambda config: 1 / len(config.motions)),
+    "motion": Metric("motion, mean of all motions", lambda config: 1 / len(config.motions)),
     "background": Metric("background", lambda config: 1 / len(config.backgrounds)),
 }
 
@@ -70,7 +71,7 @@ class Template(NamedTuple):
     alpha: Float[Array, "*N S S"]
 
 
-def _gaussian_blur(images: Float[Array, "N H W C"], mode: str) -> Float[Array, "N H W C"]:
+def _gaussian_blur(images: Float[Array, "N H W C"], mode: Literal["constant", "edge"]) -> Float[Array, "N H W C"]:
     radius = int(3 * BLUR + 0.5)
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * BLUR**2)).astype(np.float32)
     kernel /= kernel.sum()
@@ -78,7 +79,9 @@ def _gaussian_blur(images: Float[Array, "N H W C"], mode: str) -> Float[Array, "
         padding = [(radius, radius) if dimension == axis else (0, 0) for dimension in range(4)]
         padded, length = np.pad(images, padding, mode=mode), images.shape[axis]
         cut = [slice(None)] * axis
-        images = sum(tap * padded[(*cut, slice(k, k + length))] for k, tap in enumerate(kernel))
+        images = np.zeros_like(images)
+        for k, tap in enumerate(kernel):
+            images += tap * padded[(*cut, slice(k, k + length))]
     return images
 
 
@@ -199,15 +202,17 @@ def _paths(config: EmojiWorldConfig) -> Mapping[str, Int[Array, "F 2"]]:
     return paths
 
 
-def _motion(maps: Float[Array, "F Y X"], config: EmojiWorldConfig) -> str:
+def _motion(maps: Float[Array, "F Y X"], paths: Mapping[str, Int[Array, "F 2"]]) -> str:
     """The motion whose path, at its best start, runs over the highest scores."""
+    # exp: one frame without the sprite, far below 0, must not outvote the others.
+    likelihood = np.exp(maps)
     evidence = {}
-    for motion, path in _paths(config).items():
+    for motion, path in paths.items():
         rows, columns = np.array(maps.shape[1:]) - path.max(0)
-        evidence[motion] = sum(
-            scores[row : row + rows, column : column + columns]
-            for scores, (row, column) in zip(maps.clip(0), path, strict=True)
-        ).max()
+        total = np.zeros((rows, columns))
+        for frame, (row, column) in zip(likelihood, path, strict=True):
+            total += frame[row : row + rows, column : column + columns]
+        evidence[motion] = float(total.max())
     return max(evidence, key=evidence.__getitem__)
 
 
@@ -247,6 +252,8 @@ def _background(frames: Frames, config: EmojiWorldConfig) -> str:
 def score_clip(frames: Frames, clip: Clip, config: EmojiWorldConfig) -> Scores:
     """Every metric of one video: one value per subject, or a single one for the metrics of the whole video.
 
+    Motions are kept apart, as "motion/rises" and so on.
+
     Raises:
         ValueError: frames of another size than the config's, or motions that turn or resize sprites.
     """
@@ -255,14 +262,15 @@ def score_clip(frames: Frames, clip: Clip, config: EmojiWorldConfig) -> Scores:
         raise ValueError(
             f"frames must be uint8 {list(expected)} like the clips, got {frames.dtype} {list(frames.shape)}."
         )
-    size = config.sprite_size
+    paths, size = _paths(config), config.sprite_size
     windows = _windows(frames, size)
     coarse = windows[:, ::STRIDE, ::STRIDE]
     rows, columns = coarse.shape[1:3]
     coarse = np.ascontiguousarray(coarse).reshape(len(frames), rows * columns, 3, -1)
     every_second = slice(None, None, 2)  # neighbouring frames say the same again
 
-    scores: dict[str, list[float]] = {name: [] for name in METRICS}
+    names = [name for name in METRICS if name != "motion"] + [f"motion/{motion}" for motion in paths]
+    scores: dict[str, list[float]] = {name: [] for name in names}
     subjects = zip(clip.subjects, clip.references, strict=False)  # a background reference comes last
     for index, (truth, reference) in enumerate(subjects):
         style = reference.style or truth.style
@@ -278,7 +286,7 @@ def score_clip(frames: Frames, clip: Clip, config: EmojiWorldConfig) -> Scores:
         scores["identity_top5"].append(rank < 5)
         scores["similarity"].append(_similarity(frames[every_second], match, true_template))
         scores["present"].append(score[0] >= PRESENT)
-        scores["motion"].append(_motion(maps, config) == truth.motion)
+        scores[f"motion/{truth.motion}"].append(_motion(maps, paths) == truth.motion)
     scores["all_present"].append(all(scores["present"]))
     scores["background"].append(_background(frames, config) == clip.background)
     return {name: np.array(values, np.float64) for name, values in scores.items()}
@@ -293,18 +301,28 @@ class Estimate(NamedTuple):
 
 
 def summarise(scores: Sequence[Scores], num_resamples: int = 1000) -> dict[str, Estimate]:
-    """Means over subjects, or videos; intervals from resampling videos, as the subjects of one are not independent."""
+    """Means over subjects, or videos; intervals from resampling videos, as the subjects of one are not independent.
+
+    The mean of motions weighs each motion alike: a quarter of all subjects stay still, and a model that never moves
+    anything shall get no more than a guess.
+    """
     draws = np.random.default_rng(0).integers(len(scores), size=(num_resamples, len(scores)))
     estimates = {}
-    for name in METRICS:
-        sums = np.array([score[name].sum() for score in scores])
-        counts = np.array([len(score[name]) for score in scores])
-        low, high = np.quantile(sums[draws].sum(1) / counts[draws].sum(1), (0.025, 0.975))
-        estimates[name] = Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
+    for metric in METRICS:
+        means = []
+        for name in [name for name in scores[0] if name.partition("/")[0] == metric]:
+            sums = np.array([score[name].sum() for score in scores])
+            counts = np.array([len(score[name]) for score in scores])
+            totals = np.stack([np.append(x.sum(), x[draws].sum(1)) for x in (sums, counts)])
+            if totals[1, 0]:
+                means.append(np.divide(*totals, where=totals[1] > 0, out=np.full(num_resamples + 1, np.nan)))
+        value, *resampled = np.nanmean(means, axis=0)
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        estimates[metric] = Estimate(float(value), float(low), float(high))
     return estimates
 
 
-def evaluate(videos: Sequence[Frames], clips: Sequence[Clip], config: EmojiWorldConfig) -> dict[str, Estimate]:
+def evaluate(videos: Videos, clips: Sequence[Clip], config: EmojiWorldConfig) -> dict[str, Estimate]:
     """Every metric of `METRICS`, video i judged against clip i.
 
     Raises:

@@ -117,7 +117,12 @@ def test_encoders_see_the_canvas_then_grey_and_text_without_its_padding(tokenize
 
 
 def test_a_text_to_video_model_has_neither_canvas_nor_mask(tokenizer):
-    encoders = Encoders(text=lambda ids, mask: jnp.ones((*ids.shape, 2)), image=None, frames=None)
+    encoders = Encoders(
+        text=lambda ids, mask: jnp.ones((*ids.shape, 2)),
+        image=None,
+        frames=lambda frames: frames,
+        takes_references=False,
+    )
     found = encode_cases(encoders, stack_cases([prepare(tokenizer, "fish", (), ())]), 5)
     assert found.image_embeddings is found.reference_latents is found.region_mask is None
 

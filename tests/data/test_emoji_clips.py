@@ -100,5 +100,9 @@ def test_encoding_is_kept_resumed_and_cut_in_time(tokenizer, tmp_path):
     assert conditioning.region_mask.shape == (6, 2, 12, 18, 4)
     np.testing.assert_allclose(clean[5], again.arrays["clean_latents"][5, :2])
     np.testing.assert_array_equal(conditioning.reference_latents[:, 1], 0.0)
+    references = [len(sample_clip(EmojiWorldConfig(), "train", 7, index).references) for index in range(6)]
+    np.testing.assert_array_equal(clips.counts, references)
+    single = clips.batch(np.random.default_rng(0), references.count(1), 2, max_references=1)[1]
+    np.testing.assert_array_equal(single.subject_tokens.any(-1).sum(-1), 1)
     with pytest.raises(ValueError, match="6 clips, the config asks for 7"):
         emoji_clips.encode_clips(tmp_path, make_clip, encoders, 7)

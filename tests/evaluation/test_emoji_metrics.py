@@ -138,9 +138,9 @@ def test_every_motion_is_recognised(motion):
     one = dataclasses.replace(DATA, motions=(motion,), subject_counts=(1,))
     for index in range(4):
         clip = sample_clip(one, "held_out", 1, index)
-        assert score_clip(clip.frames, clip, DATA)["motion"].tolist() == [1]
+        assert score_clip(clip.frames, clip, DATA)[f"motion/{motion}"].tolist() == [1]
         if motion != "bounces":  # backwards, a bounce is a bounce that starts one frame later
-            backwards = score_clip(clip.frames[::-1].copy(), clip, DATA)["motion"]
+            backwards = score_clip(clip.frames[::-1].copy(), clip, DATA)[f"motion/{motion}"]
             assert backwards.tolist() == [motion == "stays still"]
 
 
@@ -174,9 +174,14 @@ def test_similarity_sees_a_change_of_colour(clips, truth, ceiling):
 def test_intervals_are_those_of_independent_videos():
     rng = np.random.default_rng(0)
     scores = [{name: rng.integers(0, 2, 1).astype(float) for name in METRICS} for _ in range(400)]
-    estimate = summarise(scores)["motion"]
+    estimate = summarise(scores)["background"]
     # 1.96 standard deviations of the mean of 400 fair coins.
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+
+
+def test_a_model_that_never_moves_anything_scores_a_guess(clips, truth):
+    still = [np.repeat(frames[:1], DATA.num_frames, axis=0) for frames in truth]
+    assert evaluate(still, clips, DATA)["motion"].value == pytest.approx(1 / 6, abs=0.02)
 
 
 def test_what_cannot_be_measured_is_refused(clips):
