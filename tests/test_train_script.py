@@ -12,7 +12,6 @@ import pytest
 import train
 from magref_jax import checkpoint, pipeline, training
 from magref_jax.conditioning.inputs import Conditioning
-from magref_jax.diffusion import flow
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,8 @@ def batch_and_null(config: training.TrainConfig, size: int) -> tuple[training.Ba
         subject_regions=jnp.ones((size, 2, 4)),
     )
     null = training.Null(normal(dit.text_len, dit.text_dim), normal(5, 4, 4, 16), normal(17, dit.image_dim))
-    return training.Batch(normal(size, 2, 4, 4, 16), conditioning), null
+    subject_cells = jnp.asarray(rng.random((size, 2, 4, 4)) < 0.5, jnp.float32)
+    return training.Batch(normal(size, 2, 4, 4, 16), subject_cells, conditioning), null
 
 
 def test_dropout_is_per_sample_and_at_the_asked_rates(config):
@@ -161,7 +161,12 @@ def test_loss_of_the_zero_model_is_the_mean_square_of_the_target(config):
     params = jax.jit(lambda key: pipeline.init_params(config.model, key)["dit"])(jax.random.key(0))
     loss, metrics = jax.jit(lambda params: training.dit_loss(config, params, batch, null, jax.random.key(1)))(params)
     noise = jax.random.normal(jax.random.split(jax.random.key(1), 3)[2], batch.clean_latents.shape)
-    target = np.asarray(noise - batch.clean_latents)
-    np.testing.assert_allclose(loss, np.mean(target**2), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss_video"], np.mean(target[:, 1:] ** 2), rtol=1e-5)
-    assert flow.NUM_TRAIN_TIMESTEPS == 1000
+    squared = np.asarray(noise - batch.clean_latents) ** 2
+    np.testing.assert_allclose(loss, np.mean(squared), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_video"], np.mean(squared[:, 1:]), rtol=1e-5)
+    cells = np.asarray(batch.subject_cells, bool)
+    np.testing.assert_allclose(metrics["loss_subjects"], np.mean(squared[cells]), rtol=1e-5)
+    weighted = dataclasses.replace(config, dit=dataclasses.replace(config.dit, subject_weight=3.0))
+    loss, _ = jax.jit(lambda params: training.dit_loss(weighted, params, batch, null, jax.random.key(1)))(params)
+    expected = (3 * squared[cells].sum() + squared[~cells].sum()) / (3 * cells.sum() + (~cells).sum()) / 16
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)

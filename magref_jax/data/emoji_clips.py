@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
@@ -91,8 +92,8 @@ def subject_cells(
     for track in boxes:
         for frame, (x0, y0, x1, y1) in enumerate(track):
             pixels[frame, y0:y1, x0:x1] = True
-    cells = pixels.reshape(len(pixels), height // stride, stride, width // stride, stride).any((2, 4))
-    rest = cells[1:].reshape(-1, config.vae.temporal_stride, *cells.shape[1:]).any(1)
+    cells = rearrange(pixels, "n (h s) (w t) -> n h w (s t)", s=stride, t=stride).max(-1)
+    rest = rearrange(cells[1:], "(f s) h w -> f h w s", s=config.vae.temporal_stride).max(-1)
     return np.concatenate([cells[:1], rest])
 
 
@@ -167,14 +168,11 @@ def encode_clips(
     batch_size: int = 16,
 ) -> EncodedClips:
     """Encodes examples 0..count-1 into `folder`; a folder that is complete is only opened, one that is not is continued."""
-    if encoders.frames is None:
-        raise ValueError("encoders.frames is missing: a text-to-video model has no reference latents to encode.")
-    encode_frames = encoders.frames
 
     @jax.jit
     def encode(arrays: dict[str, jax.Array], frames: jax.Array) -> dict[str, jax.Array]:
         conditioning = encode_cases(encoders, arrays, frames.shape[1])
-        clean = encode_frames(frames.astype(jnp.float32) / 127.5 - 1)
+        clean = encoders.frames(frames.astype(jnp.float32) / 127.5 - 1)
         fields = {name: value for name, value in vars(conditioning).items() if value is not None}
         return {name: value.astype(jnp.float16) for name, value in fields.items()} | {
             "clean_latents": clean.astype(jnp.float16)

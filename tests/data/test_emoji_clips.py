@@ -72,14 +72,30 @@ def test_vae_windows_lie_inside_their_clip():
     assert np.array_equal((grey[:, 1:] == 0).all((1, 2, 3, 4)), starts == 0)
 
 
+def test_examples_start_with_the_canvas_or_with_their_own_first_frame(tokenizer):
+    clip = sample_clip(EmojiWorldConfig(num_frames=9, subject_counts=(1.0,), motions=("slides right",)), "train", 0, 2)
+    canvas = emoji_clips.make_example(CONFIG, tokenizer, clip, 0, "canvas")
+    np.testing.assert_array_equal(canvas.frames[0], canvas.case.canvas.image)
+    np.testing.assert_array_equal(canvas.frames[1:], clip.frames[:8])
+    video = emoji_clips.make_example(CONFIG, tokenizer, clip, 0, "video")
+    np.testing.assert_array_equal(video.frames, clip.frames)
+    # A 24-pixel sprite on the 4-pixel grid covers 6x6 cells; moving 4 pixels a frame, two frames of it cover 6x7.
+    assert canvas.subject_cells.sum((1, 2)).tolist() == [0, 42, 42, 42, 42]
+    assert video.subject_cells.sum((1, 2)).tolist() == [36, 42, 42, 42, 42]
+    x0, y0, x1, y1 = clip.subjects[0].boxes[0] // 4
+    assert video.subject_cells[0, y0:y1, x0:x1].all()
+    short = sample_clip(EmojiWorldConfig(num_frames=8), "train", 0, 2)
+    with pytest.raises(ValueError, match="has 8 frames"):
+        emoji_clips.make_example(CONFIG, tokenizer, short, 0, "video")
+
+
 def test_encoding_is_kept_resumed_and_cut_in_time(tokenizer, tmp_path):
     seen = []
 
-    def make_clip(index):
+    def make(index):
         seen.append(index)
         clip = sample_clip(EmojiWorldConfig(), "train", 7, index)
-        case = emoji_clips.clip_case(CONFIG, tokenizer, clip, index, 9)
-        return case, np.concatenate([case.canvas.image[None], clip.frames])
+        return emoji_clips.make_example(CONFIG, tokenizer, clip, index, "canvas")
 
     # Encoders with a known answer: every second frame at a quarter of the size.
     encoders = Encoders(
@@ -87,22 +103,23 @@ def test_encoding_is_kept_resumed_and_cut_in_time(tokenizer, tmp_path):
         image=lambda frames: frames[:, :1, :3, 0],
         frames=lambda frames: frames[:, ::2, ::4, ::4],
     )
-    clips = emoji_clips.encode_clips(tmp_path, make_clip, encoders, 6, batch_size=4)
+    clips = emoji_clips.encode_clips(tmp_path, make, encoders, 6, batch_size=4)
     assert len(clips) == 6
     (tmp_path / "progress").write_text("4")
     seen.clear()
-    again = emoji_clips.encode_clips(tmp_path, make_clip, encoders, 6, batch_size=4)
+    again = emoji_clips.encode_clips(tmp_path, make, encoders, 6, batch_size=4)
     assert min(seen) == 4
-    _, frames = make_clip(5)
+    frames = make(5).frames
     np.testing.assert_allclose(again.arrays["clean_latents"][5], frames[::2, ::4, ::4] / 127.5 - 1, atol=1e-3)
-    clean, conditioning = again.batch(np.random.default_rng(0), 6, 2)
+    clean, cells, conditioning = again.batch(np.random.default_rng(0), 6, 2)
+    np.testing.assert_array_equal(cells[5], make(5).subject_cells[:2])
     assert clean.shape == (6, 2, 12, 18, 3)
     assert conditioning.region_mask.shape == (6, 2, 12, 18, 4)
     np.testing.assert_allclose(clean[5], again.arrays["clean_latents"][5, :2])
     np.testing.assert_array_equal(conditioning.reference_latents[:, 1], 0.0)
     references = [len(sample_clip(EmojiWorldConfig(), "train", 7, index).references) for index in range(6)]
     np.testing.assert_array_equal(clips.counts, references)
-    single = clips.batch(np.random.default_rng(0), references.count(1), 2, max_references=1)[1]
+    single = clips.batch(np.random.default_rng(0), references.count(1), 2, max_references=1)[2]
     np.testing.assert_array_equal(single.subject_tokens.any(-1).sum(-1), 1)
     with pytest.raises(ValueError, match="6 clips, the config asks for 7"):
-        emoji_clips.encode_clips(tmp_path, make_clip, encoders, 7)
+        emoji_clips.encode_clips(tmp_path, make, encoders, 7)
