@@ -168,11 +168,11 @@ def test_a_subject_that_is_painted_over_is_absent():
 
 @pytest.mark.parametrize(
     ("change", "loss"),
-    [(lambda frames: np.ascontiguousarray(frames[..., ::-1]), 0.2), (lambda frames: frames.clip(0, 185) + 70, 0.1)],
+    [(lambda frames: np.ascontiguousarray(frames[..., ::-1]), 0.5), (lambda frames: frames.clip(0, 185) + 70, 0.45)],
     ids=["red and blue swapped", "brighter"],
 )
 def test_similarity_sees_a_change_of_colour(clips, truth, ceiling, change, loss):
-    changed = evaluate([change(frames) for frames in truth], clips, DATA)
+    changed = evaluate([change(frames) for frames in truth[:15]], clips[:15], DATA)
     assert changed["similarity"].value < ceiling["similarity"].value - loss
 
 
