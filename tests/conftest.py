@@ -1,6 +1,9 @@
-"""Settings of every test: 8 CPU devices and exact matrix products, whatever the machine has."""
+"""Settings of every test: 8 CPU devices and exact matrix products, whatever the machine has; the parity table."""
+
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
 
 
@@ -11,3 +14,28 @@ def pytest_configure(config: pytest.Config) -> None:
     # Meshes need more than one device; a program without a mesh runs on the first.
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+Close = Callable[[str, np.ndarray, np.ndarray, float], None]
+
+
+@pytest.fixture
+def close(record_property: Callable[[str, object], None]) -> Close:
+    """Asserts that no value is further from torch's than `atol`, and notes the distance for the table below."""
+
+    def check(label: str, actual: np.ndarray, expected: np.ndarray, atol: float) -> None:
+        record_property("parity", (label, float(np.max(np.abs(np.asarray(actual) - expected))), atol))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the largest distance of each network and solver from torch."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    rows = [value for report in reports for name, value in report.user_properties if name == "parity"]
+    if rows:
+        terminalreporter.section("largest difference from torch, float32")
+    for label in dict.fromkeys(label for label, _, _ in rows):
+        errors, bounds = zip(*((error, atol) for name, error, atol in rows if name == label), strict=True)
+        terminalreporter.line(f"{label:32} {max(errors):.1e}  (allowed {max(bounds):.0e}, {len(errors)} comparisons)")

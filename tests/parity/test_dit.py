@@ -102,7 +102,7 @@ def run_torch(model: torch.nn.Module, inputs: list[np.ndarray | None]) -> np.nda
     return velocity.permute(0, 2, 3, 4, 1).numpy()
 
 
-def test_velocity_equals_torch(models: Models):
+def test_velocity_equals_torch(models: Models, close):
     config, torch_model, run = models
     inputs = random_inputs(config, seed=2)
     expected = run_torch(torch_model, inputs)
@@ -110,14 +110,14 @@ def test_velocity_equals_torch(models: Models):
     actual = np.asarray(run(*inputs))
 
     assert np.std(expected) > 0.5
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    close(f"DiT, {'text' if config.image_dim is None else 'image'}-to-video", actual, expected, TOLERANCE)
 
 
-def test_velocity_equals_torch_more_closely_at_small_timesteps(models: Models):
+def test_velocity_equals_torch_more_closely_at_small_timesteps(models: Models, close):
     config, torch_model, run = models
     inputs = random_inputs(config, seed=3)
     inputs[1] = np.array([0.0, 4.0], np.float32)
 
     actual, expected = np.asarray(run(*inputs)), run_torch(torch_model, inputs)
 
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # float32 rounding alone; measured 6e-6
+    close("DiT, timesteps below 5", actual, expected, 1e-5)  # float32 rounding alone; measured 6e-6

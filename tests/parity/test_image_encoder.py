@@ -95,7 +95,7 @@ def abstract_params():
     return jax.eval_shape(ImageEncoder(CONFIG).init, jax.random.key(0), pixels)["params"]
 
 
-def test_equals_transformers_before_the_last_block(abstract_params, tensors):
+def test_equals_transformers_before_the_last_block(abstract_params, tensors, close):
     torch.set_num_threads(1)
     model = CLIPVisionModel(
         CLIPVisionConfig(
@@ -124,7 +124,7 @@ def test_equals_transformers_before_the_last_block(abstract_params, tensors):
         theirs = model(channels_first, output_hidden_states=True).hidden_states[-2].numpy()
     assert np.std(theirs) > 0.5
     # Float32 rounding over 3 layers of values of size 1 to 10.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    close("CLIP vision tower", ours, theirs, 2e-5)
 
 
 def test_table_names_the_original_tensors(abstract_params):
@@ -137,7 +137,7 @@ def test_table_names_the_original_tensors(abstract_params):
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(480, 832, 224), (48, 72, 48), (13, 97, 48), (31, 5, 48)])
-def test_preprocess_equals_torch_bicubic(height, width, size):
+def test_preprocess_equals_torch_bicubic(height, width, size, close):
     frames = np.random.default_rng(2).uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
     resized = F.interpolate(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()), (size, size), mode="bicubic")
     resized = resized.numpy().transpose(0, 2, 3, 1).astype(np.float64)
@@ -145,4 +145,4 @@ def test_preprocess_equals_torch_bicubic(height, width, size):
     assert np.abs(resized).max() > 1.05  # the overshoot that must not be clipped
     # Undo the normalisation, so that the tolerance is that of the resize in [-1, 1]. torch builds without fused
     # multiply-add round coordinates twice, which alone is 4.5e-5 at 480x832; with it we measure 2e-6.
-    np.testing.assert_allclose((ours * STD + MEAN - 0.5) / 0.5, resized, rtol=0, atol=5e-5)
+    close("bicubic resize", (ours * STD + MEAN - 0.5) / 0.5, resized, 5e-5)

@@ -50,7 +50,7 @@ def jax_trajectory(solver: str, schedule: Schedule, network: dict[str, np.ndarra
 
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
-def test_unipc_matches_diffusers(network, steps, shift):
+def test_unipc_matches_diffusers(network, steps, shift, close):
     reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     # Without explicit noise levels diffusers runs on a grid of its own, from 1 to 0.001.
     reference.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
@@ -58,13 +58,12 @@ def test_unipc_matches_diffusers(network, steps, shift):
 
     np.testing.assert_array_equal(schedule.timesteps, reference.timesteps.numpy())
     np.testing.assert_allclose(schedule.sigmas, reference.sigmas.numpy(), atol=1e-7)
-    np.testing.assert_allclose(
-        jax_trajectory("unipc", schedule, network), torch_trajectory(reference, network), rtol=0, atol=TOLERANCE
-    )
+    trajectory = jax_trajectory("unipc", schedule, network)
+    close("UniPC trajectory", trajectory, torch_trajectory(reference, network), TOLERANCE)
 
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
-def test_dpmpp_matches_diffusers(network, steps, shift):
+def test_dpmpp_matches_diffusers(network, steps, shift, close):
     reference = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, final_sigmas_type="zero"
     )
@@ -75,13 +74,12 @@ def test_dpmpp_matches_diffusers(network, steps, shift):
     reference.timesteps = torch.from_numpy(schedule.timesteps.astype(np.int64))
     reference.set_begin_index(0)
 
-    np.testing.assert_allclose(
-        jax_trajectory("dpm++", schedule, network), torch_trajectory(reference, network), rtol=0, atol=TOLERANCE
-    )
+    trajectory = jax_trajectory("dpm++", schedule, network)
+    close("DPM-Solver++ trajectory", trajectory, torch_trajectory(reference, network), TOLERANCE)
 
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
-def test_euler_matches_diffusers(network, steps, shift):
+def test_euler_matches_diffusers(network, steps, shift, close):
     reference = FlowMatchEulerDiscreteScheduler(shift=shift)
     # Explicit noise levels are shifted once; without them diffusers shifts its end points as well.
     reference.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
@@ -89,6 +87,5 @@ def test_euler_matches_diffusers(network, steps, shift):
 
     np.testing.assert_allclose(schedule.timesteps, reference.timesteps.numpy(), rtol=1e-6)
     np.testing.assert_allclose(schedule.sigmas, reference.sigmas.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(
-        jax_trajectory("euler", schedule, network), torch_trajectory(reference, network), rtol=0, atol=TOLERANCE
-    )
+    trajectory = jax_trajectory("euler", schedule, network)
+    close("Euler trajectory", trajectory, torch_trajectory(reference, network), TOLERANCE)

@@ -78,7 +78,7 @@ def reference(tensors):
     return model.double()
 
 
-def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference):
+def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference, close):
     token_ids = np.random.default_rng(1).integers(2, CONFIG.vocab_size, (len(REAL_LENGTHS), LENGTH), dtype=np.int32)
     mask = (np.arange(LENGTH) < np.array(REAL_LENGTHS)[:, None]).astype(np.int32)
     params = convert(TEXT_ENCODER_RULES, tensors, abstract_params)
@@ -89,7 +89,7 @@ def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference)
     real = mask.astype(bool)
     assert np.std(theirs[real]) > 0.5
     # Float32 rounding over 3 layers of unscaled attention, in values of size 1 to 5.
-    np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=2e-5)
+    close("umT5 encoder", ours[real], theirs[real], 2e-5)
 
 
 def test_table_is_invertible(abstract_params, tensors):

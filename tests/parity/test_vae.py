@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ CONFIGS = {"wan": WAN, "small": SMALL}
 HEIGHT, WIDTH = 24, 16
 
 # Float32 rounding through 30 convolutions at unit scale.
-TOLERANCE = {"rtol": 0, "atol": 2e-5}
+TOLERANCE = 2e-5
 
 RESIDUAL_BLOCK = (
     (r"residual\.0", "norm1"),
@@ -130,40 +131,40 @@ def decoded(config: VAEConfig, num_frames: int) -> tuple[np.ndarray, np.ndarray]
     return latents, frames
 
 
-def assert_equals_diffusers(config: VAEConfig, variant: VAEConfig, num_frames: int):
+def assert_equals_diffusers(config: VAEConfig, variant: VAEConfig, num_frames: int, close: Callable[..., None]):
     def run(method: str, x: np.ndarray):
         return jax.jit(functools.partial(vae.VAE(variant).apply, method=method))({"params": params(config)}, x)
 
     frames, theirs_mean, theirs_log_variance = encoded(config, num_frames)
     mean, log_variance, _ = run("encode", frames)
-    np.testing.assert_allclose(mean, theirs_mean, **TOLERANCE)
-    np.testing.assert_allclose(log_variance, theirs_log_variance, **TOLERANCE)
+    close("VAE encode", mean, theirs_mean, TOLERANCE)
+    close("VAE encode", log_variance, theirs_log_variance, TOLERANCE)
 
     latents, theirs = decoded(config, num_frames)
     ours, _ = run("decode", latents)
-    np.testing.assert_allclose(np.clip(ours, -1, 1), theirs, **TOLERANCE)
+    close("VAE decode", np.clip(ours, -1, 1), theirs, TOLERANCE)
 
 
 @pytest.mark.parametrize("num_frames", [1, 17])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_equals_diffusers(config, num_frames):
-    assert_equals_diffusers(config, config, num_frames)
+def test_equals_diffusers(config, num_frames, close):
+    assert_equals_diffusers(config, config, num_frames, close)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_convolution_by_taps_equals_diffusers(config):
-    assert_equals_diffusers(config, dataclasses.replace(config, convolution="taps"), 17)
+def test_convolution_by_taps_equals_diffusers(config, close):
+    assert_equals_diffusers(config, dataclasses.replace(config, convolution="taps"), 17, close)
 
 
-def test_streams_equal_diffusers():
+def test_streams_equal_diffusers(close):
     frames, theirs_mean, _ = encoded(WAN, 17)
     latents = jax.jit(functools.partial(vae.encode_stream, WAN))(params(WAN), frames)
     mean, std = np.asarray(WAN.latent_mean), np.asarray(WAN.latent_std)
-    np.testing.assert_allclose(latents, (theirs_mean - mean) / std, **TOLERANCE)
+    close("VAE encode, streamed", latents, (theirs_mean - mean) / std, TOLERANCE)
 
     latents, theirs_frames = decoded(WAN, 17)
     frames = jax.jit(functools.partial(vae.decode_stream, WAN))(params(WAN), (latents - mean) / std)
-    np.testing.assert_allclose(frames, theirs_frames, **TOLERANCE)
+    close("VAE decode, streamed", frames, theirs_frames, TOLERANCE)
 
 
 def test_renaming_of_this_file_is_that_of_diffusers():
