@@ -112,7 +112,7 @@ def train_vae(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     statistics = {"latent_mean": tuple(map(float, mean.round(4))), "latent_std": tuple(map(float, std.round(4)))}
     model = dataclasses.replace(config.model, vae=dataclasses.replace(config.model.vae, **statistics))
     frozen = {name: params[name] for name in ("text_encoder", "image_encoder")}
-    checkpoint.save_model(out / "model", model, {"vae": state.ema, **frozen})
+    checkpoint.save_model(out / "model", model, {"vae": state.ema, **frozen}, config.save_dtype)
     print(f"wrote {out / 'model'}; next: python train.py {sys.argv[1]} --stage dit --out {out}")
 
 
@@ -153,7 +153,7 @@ def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     state = training.init_state(params, optimizer)
     step_fn = training.make_dit_step(config, optimizer, null)
     state = run_phases(out, "dit", config, stage.phases, state, step_fn, make_batch)
-    checkpoint.save_model(folder, model, {"dit": state.ema})
+    checkpoint.save_model(folder, model, {"dit": state.ema}, config.save_dtype)
     print(f"wrote {folder}; next: python sample.py --model {folder}")
 
 

@@ -96,4 +96,5 @@ config = TrainConfig(
         flow_shift=2.0,
         subject_weight=5.0,
     ),
+    save_dtype="bfloat16",
 )

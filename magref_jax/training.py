@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from magref_jax.checkpoint import Params
 from magref_jax.conditioning.inputs import Conditioning, drop_references, drop_text
-from magref_jax.config import ModelConfig
+from magref_jax.config import DType, ModelConfig
 from magref_jax.data.emoji_world import EmojiWorldConfig
 from magref_jax.diffusion import flow
 from magref_jax.models import vae
@@ -82,6 +82,7 @@ class TrainConfig:
     data: EmojiWorldConfig
     vae: VAETraining
     dit: DiTTraining
+    save_dtype: DType = "float32"  # of the model folder; checkpoints are float32
     seed: int = 0
     checkpoint_every: int = 500  # steps
     log_every: int = 50  # steps
