@@ -37,6 +37,8 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(temporary, params)
+    # It names the folder of the machine that wrote it, and nothing reads it on a file system that renames atomically.
+    (temporary / "commit_success.txt").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
