@@ -113,7 +113,7 @@ def train_vae(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     model = dataclasses.replace(config.model, vae=dataclasses.replace(config.model.vae, **statistics))
     frozen = {name: params[name] for name in ("text_encoder", "image_encoder")}
     checkpoint.save_model(out / "model", model, {"vae": state.ema, **frozen}, config.save_dtype)
-    print(f"wrote {out / 'model'}; next: python train.py {sys.argv[1]} --stage dit --out {out}")
+    print(f"wrote {out / 'model'}; next: the same command with --stage dit")
 
 
 def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Path | None = None) -> None:

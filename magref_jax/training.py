@@ -155,7 +155,7 @@ def make_vae_step(config: TrainConfig, optimizer: optax.GradientTransformation) 
     def step(state: TrainState, frames: Array, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, frames, key)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return apply_gradients(state, gradients, optimizer, stage.optimizer.ema_decay), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -224,7 +224,7 @@ def make_dit_step(config: TrainConfig, optimizer: optax.GradientTransformation, 
         key = jax.random.fold_in(key, state.step)
         loss_fn = lambda params: dit_loss(config, params, batch, null, key)  # noqa: E731
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return apply_gradients(state, gradients, optimizer, config.dit.optimizer.ema_decay), metrics
 
     return jax.jit(step, donate_argnums=0)
