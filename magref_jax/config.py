@@ -9,6 +9,8 @@ embedding, softmax, the DiT head and the solver run in float32 whatever `dtype` 
 import dataclasses
 import json
 import pathlib
+import types
+import typing
 from typing import Any, Literal, TypeVar
 
 DType = Literal["float32", "bfloat16"]
@@ -186,9 +188,6 @@ T = TypeVar("T")
 
 def from_dict(cls: type[T], values: dict[str, Any], path: str) -> T:
     """Builds a (nested) config dataclass from plain JSON values; an unknown name is an error that lists the known ones."""
-    import types
-    import typing
-
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:

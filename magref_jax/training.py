@@ -222,8 +222,7 @@ def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key:
 def make_dit_step(config: TrainConfig, optimizer: optax.GradientTransformation, null: Null) -> TrainStep:
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        loss_fn = lambda params: dit_loss(config, params, batch, null, key)  # noqa: E731
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        gradients, metrics = jax.grad(dit_loss, argnums=1, has_aux=True)(config, state.params, batch, null, key)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         return apply_gradients(state, gradients, optimizer, config.dit.optimizer.ema_decay), metrics
 
