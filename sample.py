@@ -136,7 +136,7 @@ def what_next(line: Line, arguments: argparse.Namespace) -> str:
     """A command that does something a little different from what was just done."""
     if arguments.prompt is None and arguments.prompts is None:
         image = pathlib.Path(os.path.relpath(BUNDLED / "examples" / "penguin.png"))
-        words = ["--prompt", "the penguin bounces in front of a sunset", "--ref", f"{image}:penguin"]
+        words = ["--prompt", "the penguin in the middle bounces in front of a sunset", "--ref", f"{image}:penguin"]
     elif arguments.prompt is None:
         words = ["--prompts", str(arguments.prompts), "--seed", str(arguments.seed + 1)]
     else:

@@ -145,13 +145,17 @@ def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Pa
     )
 
     def make_batch(phase: training.DiTPhase, rng: np.random.Generator) -> training.Batch:
-        return training.Batch(*clips.batch(rng, phase.batch_size, phase.num_latent_frames, phase.max_references))
+        batch = clips.batch(rng, phase.batch_size, phase.num_latent_frames, phase.reach, phase.max_references)
+        return training.Batch(*batch)
 
     optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
     params = jax.jit(lambda key: pipeline.init_params(model, key)["dit"])(jax.random.key(config.seed))
     params = start_params(start, "dit", params)
     state = training.init_state(params, optimizer)
-    step_fn = training.make_dit_step(config, optimizer, null)
+    compute = dataclasses.replace(
+        config, model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, dtype=stage.dtype))
+    )
+    step_fn = training.make_dit_step(compute, optimizer, null)
     state = run_phases(out, "dit", config, stage.phases, state, step_fn, make_batch)
     checkpoint.save_model(folder, model, {"dit": state.ema}, config.save_dtype)
     print(f"wrote {folder}; next: python sample.py --model {folder}")

@@ -17,17 +17,18 @@ from magref_jax.training import DiTPhase, DiTTraining, OptimizerConfig, TrainCon
 
 model = ModelConfig(
     dit=DiTConfig(
-        dim=160,
-        ffn_dim=480,
-        num_heads=5,
+        dim=192,
+        ffn_dim=576,
+        num_heads=6,
         num_layers=5,
-        text_dim=64,
-        text_len=40,
+        text_dim=128,
+        text_len=48,
         image_dim=64,
         freq_dim=64,
+        rope_theta=100.0,  # a clip is 9 tokens wide
         dtype="float32",
         remat="dots",
-        attention="clipwise",
+        attention="xla",
     ),
     vae=VAEConfig(
         base_dim=12,
@@ -40,12 +41,21 @@ model = ModelConfig(
     ),
     text_encoder=TextEncoderConfig(
         vocab_size=1,  # set by the tokenizer that training writes
-        dim=64,
+        dim=128,
         ffn_dim=128,
         num_heads=8,
         head_dim=16,
         num_layers=2,
-        relative_bias_stddev=4.0,  # frozen as initialised: heads that look at fixed offsets tell neighbours apart
+        relative_offsets=(
+            -2,
+            -1,
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ),  # frozen as initialised: a name's embedding holds what it does and where
         dtype="float32",
     ),
     image_encoder=ImageEncoderConfig(
@@ -68,12 +78,9 @@ model = ModelConfig(
 
 config = TrainConfig(
     model=model,
-    # Sprites start on the 8-pixel grid of the DiT's tokens and move by one token per latent frame, and their references lie
+    # Sprites start on the 8-pixel grid of the DiT's tokens (see PLACES) and move by one token per latent frame, and their references lie
     # on that grid too: to copy is to attend to a whole token.
     data=EmojiWorldConfig(
-        height=56,
-        lattice=8,
-        vertical_speed=4,
         subject_counts=(0.5, 0.35, 0.15),
         cross_pair=0.05,
         background_reference=0.15,
@@ -87,12 +94,14 @@ config = TrainConfig(
     ),
     dit=DiTTraining(
         phases=(
-            DiTPhase(num_steps=2000, batch_size=16, num_latent_frames=2, max_references=1),
-            DiTPhase(num_steps=1000, batch_size=16, num_latent_frames=2),
-            DiTPhase(num_steps=700, batch_size=16, num_latent_frames=5),
+            DiTPhase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
+            DiTPhase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
+            DiTPhase(num_steps=7000, batch_size=16, num_latent_frames=2),
+            DiTPhase(num_steps=2000, batch_size=16, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
-        num_clips=6000,
+        dtype="bfloat16",
+        num_clips=12000,
         flow_shift=2.0,
         subject_weight=5.0,
     ),

@@ -115,7 +115,9 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     norm_eps: float = 1e-6
-    relative_bias_stddev: float = 1.0  # initialisation only; larger: random heads look at fixed offsets
+    relative_offsets: tuple[
+        int, ...
+    ] = ()  # initialisation only: the neighbour that each head looks at; none: random biases
     dtype: DType = "bfloat16"
     remat: Remat = "none"
 

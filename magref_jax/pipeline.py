@@ -113,7 +113,12 @@ def _is_large(sizes: Sequence[int]) -> bool:
     return math.prod(sizes) > STREAM_PIXELS
 
 
-def velocity_fn(config: ModelConfig, dit_params: Params, conditioning: Conditioning) -> VelocityFn:
+def velocity_fn(
+    config: ModelConfig,
+    dit_params: Params,
+    conditioning: Conditioning,
+    frame_positions: Sequence[int] | None = None,
+) -> VelocityFn:
     """The DiT as a function of noisy latents and timesteps."""
 
     def velocity(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
@@ -128,6 +133,7 @@ def velocity_fn(config: ModelConfig, dit_params: Params, conditioning: Condition
             conditioning.image_embeddings,
             subjects=subjects,
             subject_alpha=config.subject_alpha,
+            frame_positions=frame_positions,
         )
 
     return velocity

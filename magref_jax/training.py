@@ -58,7 +58,8 @@ class VAETraining:
 class DiTPhase:
     num_steps: int
     batch_size: int
-    num_latent_frames: int  # of each clip, from its start: fewer are cheaper and enough to learn to copy
+    num_latent_frames: int  # the canvas and, drawn anew for every batch, some of the others: fewer are cheaper
+    reach: int | None = None  # latent frames from the start of a clip to draw from: early ones are easier; None: all
     max_references: int = 4  # clips with more are left out: one is the easiest to learn to copy
 
 
@@ -66,6 +67,7 @@ class DiTPhase:
 class DiTTraining:
     phases: tuple[DiTPhase, ...]
     optimizer: OptimizerConfig
+    dtype: DType = "float32"  # of the DiT's matmuls in training; the model folder says its own
     num_clips: int = 10000  # encoded once
     first_frame_target: Literal["canvas", "video"] = "canvas"
     distribution: flow.Distribution = "logit_normal"
@@ -168,6 +170,7 @@ class Batch:
     clean_latents: Float[Array, "B F H W C"]
     subject_cells: Float[Array, "B F H W"]  # 1 where a subject is
     conditioning: Conditioning
+    frame_positions: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of the latent frames in their clips
 
 
 @flax.struct.dataclass
@@ -209,7 +212,7 @@ def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key:
         sigma_key, clean.shape[:1], distribution=stage.distribution, flow_shift=stage.flow_shift
     )
     noise = jax.random.normal(noise_key, clean.shape)
-    velocity = velocity_fn(config.model, params, conditioning)(
+    velocity = velocity_fn(config.model, params, conditioning, batch.frame_positions)(
         flow.interpolate(clean, noise, sigmas), flow.to_timesteps(sigmas)
     )
     error = jnp.square(velocity - flow.velocity_target(clean, noise)).mean(-1)

@@ -146,18 +146,25 @@ class EncodedClips:
         return len(self.arrays["clean_latents"])
 
     def batch(
-        self, rng: np.random.Generator, batch_size: int, num_latent_frames: int, max_references: int = NUM_SUBJECTS
-    ) -> tuple[Array, Array, Conditioning]:
-        """(clean latents, subject cells, conditioning) of random clips, cut to their first latent frames.
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        num_latent_frames: int,
+        reach: int | None = None,
+        max_references: int = NUM_SUBJECTS,
+    ) -> tuple[Array, Array, Conditioning, tuple[int, ...]]:
+        """(clean latents, subject cells, conditioning, frame positions) of random clips and latent frames.
 
-        The cut is exact: what comes later does not change what a causal VAE made of them.
+        The first latent frame, the canvas, is always among them.
         """
         rows = np.sort(rng.choice(np.flatnonzero(self.counts <= max_references), batch_size, replace=False))
+        candidates = np.arange(1, self.arrays["clean_latents"].shape[1])[: reach and reach - 1]
+        frames = [0, *np.sort(rng.choice(candidates, num_latent_frames - 1, replace=False)).tolist()]
         fields = {name: np.asarray(array[rows], np.float32) for name, array in self.arrays.items()}
         for name in ("clean_latents", "subject_cells", "reference_latents", "region_mask"):
-            fields[name] = fields[name][:, :num_latent_frames]
+            fields[name] = fields[name][:, frames]
         arrays = {name: jnp.asarray(array) for name, array in fields.items()}
-        return arrays.pop("clean_latents"), arrays.pop("subject_cells"), Conditioning(**arrays)
+        return arrays.pop("clean_latents"), arrays.pop("subject_cells"), Conditioning(**arrays), tuple(frames)
 
 
 def encode_clips(

@@ -19,12 +19,13 @@ SIZE = 96  # pixels
 EXAMPLES = (
     (
         "penguin_banana",
-        "the penguin slides right and the banana bounces over a meadow",
+        "the penguin at the top left slides right and the banana at the bottom right bounces over a meadow",
         (("penguin", "noto"), ("banana", "fluent")),
     ),
     (
         "panda_hibiscus_ambulance",
-        "the panda rises, the hibiscus stays still and the ambulance slides left over a desert",
+        "the panda at the bottom left rises, the hibiscus at the top stays still and the ambulance at the bottom right "
+        "slides left over a desert",
         (("panda", "twemoji"), ("hibiscus", "noto"), ("ambulance", "fluent")),
     ),
 )

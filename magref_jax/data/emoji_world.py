@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -113,6 +114,19 @@ MOTIONS: Mapping[str, Callable[["EmojiWorldConfig", int], Pose]] = {
     "shrinks": lambda config, frame: Pose(scale=1.0 - 0.5 * _progress(config, frame)),
 }
 DEFAULT_MOTIONS = ("slides right", "slides left", "rises", "falls", "stays still", "bounces")
+
+# Where a subject starts, as fractions (x, y) of the room that the frame leaves to it.
+PLACES: Mapping[str, tuple[float, float]] = {
+    "at the top left": (0, 0),
+    "at the top": (0.5, 0),
+    "at the top right": (1, 0),
+    "on the left": (0, 0.5),
+    "in the middle": (0.5, 0.5),
+    "on the right": (1, 0.5),
+    "at the bottom left": (0, 1),
+    "at the bottom": (0.5, 1),
+    "at the bottom right": (1, 1),
+}
 
 Params = Mapping[str, float]
 Grid = tuple[Float[Array, "H 1"], Float[Array, "1 W"]]
@@ -268,16 +282,16 @@ CROSS_PAIR_KINDS = ("style", "rotated", "recoloured", "flipped")
 class EmojiWorldConfig:
     """Size of the clips and the distribution they are drawn from; sizes and distances in pixels, speeds per frame.
 
-    Start positions are multiples of ``lattice``. ``subject_counts`` weighs 1, 2, … subjects, cut at ``max_subjects``.
-    ``cross_pair`` is the probability that a reference is another variant than the sprite of the clip,
+    ``place_words`` is the probability that the caption says where each subject starts. ``subject_counts`` weighs 1, 2, …
+    subjects, cut at ``max_subjects``. ``cross_pair`` is the probability that a reference is another variant than the sprite of the clip,
     ``background_reference`` the probability that the background is given as the last reference.
     """
 
     width: int = 72
-    height: int = 48
+    height: int = 56
     num_frames: int = 8
     sprite_size: int = 24
-    lattice: int = 4
+    place_words: float = 0.85
     max_subjects: int = 3
     subject_counts: tuple[float, ...] = (0.3, 0.45, 0.25, 0.0)
     motions: tuple[str, ...] = DEFAULT_MOTIONS
@@ -286,7 +300,7 @@ class EmojiWorldConfig:
     cross_pair_kinds: tuple[str, ...] = CROSS_PAIR_KINDS
     background_reference: float = 0.0
     horizontal_speed: int = 4
-    vertical_speed: int = 2
+    vertical_speed: int = 4
     bounce_height: int = 12
     bounce_period: int = 4
 
@@ -296,10 +310,10 @@ class EmojiWorldConfig:
             given = getattr(self, field)
             if not given or not set(given) <= set(names):
                 raise ValueError(f"{field} must be a non-empty subset of {tuple(names)}, got {given!r}")
-        for field in ("cross_pair", "background_reference"):
+        for field in ("place_words", "cross_pair", "background_reference"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} must lie in [0, 1], got {getattr(self, field)}")
-        for field in ("num_frames", "sprite_size", "lattice", "max_subjects", "bounce_period"):
+        for field in ("num_frames", "sprite_size", "max_subjects", "bounce_period"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         weights = self.subject_counts[: self.max_subjects]
@@ -332,20 +346,25 @@ def _tracks(config: EmojiWorldConfig) -> Int[Array, "M T 4"]:
 
 
 @functools.lru_cache(maxsize=16)
-def _starts(config: EmojiWorldConfig) -> tuple[Int[Array, "M 2"], Int[Array, "M 2"]]:
-    """First lattice point and number of lattice points (x, y) that keep a whole motion inside the frame."""
-    tracks = _tracks(config)
+def _starts(config: EmojiWorldConfig) -> tuple[tuple[tuple[str, ...], Int[Array, "P 2"]], ...]:
+    """Per motion, the places that keep all of it inside the frame: their names and their positions (x, y)."""
     frame_size = np.array([config.width, config.height])
-    low = -(tracks[..., :2].min(axis=1) // config.lattice)
-    high = (frame_size - tracks[..., 2:].max(axis=1)) // config.lattice
-    counts = high - low + 1
-    for motion, count in zip(config.motions, counts, strict=True):
-        if count.min() < 1:
+    room = frame_size - config.sprite_size
+    starts = []
+    for motion, track in zip(config.motions, _tracks(config), strict=True):
+        places = {name: np.round(room * fraction).astype(int) for name, fraction in PLACES.items()}
+        fitting = {
+            name: start
+            for name, start in places.items()
+            if (track[:, :2] + start).min() >= 0 and (track[:, 2:] + start <= frame_size).all()
+        }
+        if not fitting:
             raise ValueError(
                 f"motion {motion!r} does not fit: a sprite of sprite_size={config.sprite_size} leaves "
                 f"{config.width}x{config.height} within num_frames={config.num_frames}"
             )
-    return low, counts
+        starts.append((tuple(fitting), np.array(list(fitting.values()))))
+    return tuple(starts)
 
 
 Sprite = tuple[Float[Array, "S S 3"], Float[Array, "S S 1"]]  # premultiplied colour, 1 - alpha
@@ -436,6 +455,7 @@ class SubjectTruth:
     identity: int
     style: str
     motion: str
+    place: str  # one of ``PLACES``, in the caption or not
     boxes: Int[Array, "T 4"]
 
 
@@ -471,30 +491,35 @@ def _intersection_over_union(a: Int[Array, "*N 4"], b: Int[Array, "*N 4"]) -> Fl
 
 def _place_subjects(
     count: int, config: EmojiWorldConfig, rng: np.random.Generator
-) -> tuple[Int[Array, "S"], Int[Array, "S T 4"]]:
-    """Motions and boxes of the first draw that overlaps little, else of the least overlapping one."""
-    low, counts = _starts(config)
-    motions = rng.integers(len(config.motions), size=(PLACEMENT_TRIES, count))
-    starts = config.lattice * (low[motions] + np.floor(rng.random((PLACEMENT_TRIES, count, 2)) * counts[motions]))
-    boxes = _tracks(config)[motions] + np.tile(starts.astype(int), 2)[:, :, None]
-    overlap = np.zeros(PLACEMENT_TRIES)
-    for first in range(count):
-        for second in range(first + 1, count):
-            overlap = np.maximum(overlap, _intersection_over_union(boxes[:, first], boxes[:, second]).max(-1))
-    chosen = int(np.argmax(overlap <= MAX_OVERLAP)) if overlap.min() <= MAX_OVERLAP else int(np.argmin(overlap))
-    return motions[chosen], boxes[chosen]
+) -> tuple[list[str], list[str], Int[Array, "S T 4"]]:
+    """Motions, places and boxes of the first draw that overlaps little, else of the least overlapping one."""
+    starts, tracks = _starts(config), _tracks(config)
+    draws = []
+    for _ in range(PLACEMENT_TRIES):
+        motions = rng.integers(len(config.motions), size=count)
+        places = [int(rng.integers(len(starts[motion][0]))) for motion in motions]
+        positions = np.array([starts[motion][1][place] for motion, place in zip(motions, places, strict=True)])
+        boxes = tracks[motions] + np.tile(positions, 2)[:, None]
+        pairs = itertools.combinations(boxes, 2)
+        overlap = max((_intersection_over_union(first, second).max() for first, second in pairs), default=0.0)
+        draws.append((overlap, motions, places, boxes))
+        if overlap <= MAX_OVERLAP:
+            break
+    _, motions, places, boxes = min(draws, key=lambda draw: max(draw[0], MAX_OVERLAP))
+    names = [starts[motion][0][place] for motion, place in zip(motions, places, strict=True)]
+    return [config.motions[motion] for motion in motions], names, boxes
 
 
 def _write_caption(
-    names: list[str], motions: list[str], background: str, template: str
+    names: list[str], predicates: list[str], background: str, template: str
 ) -> tuple[str, list[tuple[int, int]], tuple[int, int]]:
     """The caption, the character span of every subject's name and that of the background's name."""
     place = f"{BACKGROUNDS[background].place} {background}"
     joined, starts = "", []
-    for position, (name, motion) in enumerate(zip(names, motions, strict=True)):
+    for position, (name, predicate) in enumerate(zip(names, predicates, strict=True)):
         joined += "" if position == 0 else " and " if position == len(names) - 1 else ", "
         starts.append(len(joined) + len("the "))
-        joined += f"the {name} {motion}"
+        joined += f"the {name} {predicate}"
     subjects_start = len(template[: template.index("{subjects}")].format(place=place))
     place_end = len(template[: template.index("{place}")].format(subjects=joined)) + len(place)
     spans = [
@@ -519,8 +544,10 @@ def sample_clip(config: EmojiWorldConfig, split: Split, seed: int, index: int) -
     identities = _draw_identities(count, _splits()[split], rng)
     names = [atlas.identities[identity].name for identity in identities]
     styles = [atlas.styles[choice] for choice in rng.integers(len(atlas.styles), size=count)]
-    motion_indices, boxes = _place_subjects(count, config, rng)
-    motions = [config.motions[motion] for motion in motion_indices]
+    motions, places, boxes = _place_subjects(count, config, rng)
+    predicates = motions
+    if rng.random() < config.place_words:
+        predicates = [f"{place} {motion}" for place, motion in zip(places, motions, strict=True)]
     background = config.backgrounds[rng.integers(len(config.backgrounds))]
     params = _draw_background_params(rng)
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
@@ -533,14 +560,14 @@ def sample_clip(config: EmojiWorldConfig, split: Split, seed: int, index: int) -
             patch = frames[frame, y0:y1, x0:x1]
             np.rint(colour + transmission * patch, out=patch, casting="unsafe")
 
-    caption, spans, background_span = _write_caption(names, motions, background, template)
+    caption, spans, background_span = _write_caption(names, predicates, background, template)
     references = []
     for identity, style, name, span in zip(identities, styles, names, spans, strict=True):
         image, reference_style, variant = _reference_variant(identity, style, config, rng)
         references.append(Reference(image, name, span, "subject", identity, reference_style, variant))
     if rng.random() < config.background_reference:
         references.append(Reference(backdrop, background, background_span, "background", None, None, "same"))
-    subjects = tuple(map(SubjectTruth, identities, styles, motions, boxes))
+    subjects = tuple(map(SubjectTruth, identities, styles, motions, places, boxes))
     return Clip(frames, caption, tuple(references), subjects, background, params)
 
 
@@ -548,6 +575,7 @@ def vocabulary(config: EmojiWorldConfig) -> list[str]:
     """Every word a caption of either split can contain, sorted, with the comma as a word of its own."""
     texts = [identity.name for identity in load_atlas().identities]
     texts += [f"the {motion} and ," for motion in config.motions]
+    texts += PLACES
     texts += [f"{BACKGROUNDS[background].place} {background}" for background in config.backgrounds]
     texts += [template.format(subjects="", place="").replace(",", " , ") for template in TEMPLATES]
     return sorted({word for text in texts for word in text.split()})

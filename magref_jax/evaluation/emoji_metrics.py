@@ -20,6 +20,7 @@ from PIL import Image
 
 from magref_jax.data.emoji_world import (
     MOTIONS,
+    PLACES,
     Clip,
     EmojiWorldConfig,
     background_image,
@@ -55,6 +56,7 @@ METRICS: Mapping[str, Metric] = {
     "present": Metric("subjects present", None),
     "all_present": Metric("videos with every subject", None),
     "motion": Metric("motion, mean of all motions", lambda config: 1 / len(config.motions)),
+    "place": Metric("place, of those the prompt says", lambda config: 1 / len(PLACES)),
     "background": Metric("background", lambda config: 1 / len(config.backgrounds)),
 }
 
@@ -216,6 +218,11 @@ def _motion(maps: Float[Array, "F Y X"], paths: Mapping[str, Int[Array, "F 2"]])
     return max(evidence, key=evidence.__getitem__)
 
 
+def _nearest_place(column: int, row: int, config: EmojiWorldConfig) -> str:
+    room = np.array([config.width, config.height]) - config.sprite_size
+    return min(PLACES, key=lambda place: float(np.abs(room * PLACES[place] - (column, row)).sum()))
+
+
 CELL = 8  # pixels
 RENDERINGS = 32  # of each background
 TEXTURE_WEIGHT = 2.0
@@ -287,6 +294,9 @@ def score_clip(frames: Frames, clip: Clip, config: EmojiWorldConfig) -> Scores:
         scores["similarity"].append(_similarity(frames[every_second], match, true_template))
         scores["present"].append(score[0] >= PRESENT)
         scores[f"motion/{truth.motion}"].append(_motion(maps, paths) == truth.motion)
+        if f"{reference.label} {truth.place} {truth.motion}" in clip.caption:
+            place = _nearest_place(match.column[0, 0], match.row[0, 0], config)
+            scores["place"].append(place == truth.place)
     scores["all_present"].append(all(scores["present"]))
     scores["background"].append(_background(frames, config) == clip.background)
     return {name: np.array(values, np.float64) for name, values in scores.items()}

@@ -8,17 +8,17 @@ Letters: B batch · F/H/W latent frames, rows, columns · C channels · L video 
 T text tokens · I image tokens · S subjects · D width · N heads · K head width · G timesteps per clip, 1 or F
 """
 
-import jax
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 from flax import struct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
 from magref_jax.config import DiTConfig
 from magref_jax.models.attention import FULL, AttentionStructure, dot_product_attention
-from magref_jax.models.layers import REMAT, LayerNorm, RMSNorm, rotary_rotations, rotate, timestep_embedding
+from magref_jax.models.layers import REMAT, LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
 
 Rotations = tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
 
@@ -31,14 +31,7 @@ class SubjectInjection:
     regions: Float[Array, "B S L0"]  # 1 where the video token lies in the subject's region
 
 
-XAVIER = nn.initializers.xavier_uniform()
 SMALL = nn.initializers.normal(0.02)
-
-
-def dense(features: int, name: str, dtype: DTypeLike, init: nn.initializers.Initializer = XAVIER) -> nn.Dense:
-    # float32 layers are deliberate, and on a TPU they are float32 only at the highest precision.
-    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    return nn.Dense(features, dtype=dtype, kernel_init=init, precision=precision, name=name)
 
 
 def modulate(
@@ -80,9 +73,9 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "B L D"]:
         cfg = self.config
         # Query and key are normalised over the whole width, before it is split into heads.
-        query = RMSNorm(cfg.norm_eps, name="query_norm")(dense(cfg.dim, "query", cfg.dtype)(x))
-        key = RMSNorm(cfg.norm_eps, name="key_norm")(dense(cfg.dim, "key", cfg.dtype)(x))
-        value = dense(cfg.dim, "value", cfg.dtype)(x)
+        query = RMSNorm(cfg.norm_eps, name="query_norm")(Linear(cfg.dim, cfg.dtype, name="query")(x))
+        key = RMSNorm(cfg.norm_eps, name="key_norm")(Linear(cfg.dim, cfg.dtype, name="key")(x))
+        value = Linear(cfg.dim, cfg.dtype, name="value")(x)
         out = dot_product_attention(
             rotate(split_heads(query, cfg), rotations).astype(cfg.dtype),
             rotate(split_heads(key, cfg), rotations).astype(cfg.dtype),
@@ -90,7 +83,7 @@ class SelfAttention(nn.Module):
             structure=structure,
             implementation=cfg.attention,
         )
-        return dense(cfg.dim, "out", cfg.dtype)(merge_heads(out))
+        return Linear(cfg.dim, cfg.dtype, name="out")(merge_heads(out))
 
 
 class CrossAttention(nn.Module):
@@ -103,13 +96,13 @@ class CrossAttention(nn.Module):
         self, x: Float[Array, "B L D"], text: Float[Array, "B T D"], image: Float[Array, "B I D"] | None
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B T D"]]:
         cfg = self.config
-        query = RMSNorm(cfg.norm_eps, name="query_norm")(dense(cfg.dim, "query", cfg.dtype)(x))
+        query = RMSNorm(cfg.norm_eps, name="query_norm")(Linear(cfg.dim, cfg.dtype, name="query")(x))
         query = split_heads(query, cfg).astype(cfg.dtype)
 
         def attend(tokens: Array, suffix: str) -> tuple[Array, Array]:
-            key = dense(cfg.dim, f"key{suffix}", cfg.dtype)(tokens)
+            key = Linear(cfg.dim, cfg.dtype, name=f"key{suffix}")(tokens)
             key = RMSNorm(cfg.norm_eps, name=f"key{suffix}_norm")(key).astype(cfg.dtype)
-            value = dense(cfg.dim, f"value{suffix}", cfg.dtype)(tokens)
+            value = Linear(cfg.dim, cfg.dtype, name=f"value{suffix}")(tokens)
             out = dot_product_attention(
                 query, split_heads(key, cfg), split_heads(value, cfg), implementation=cfg.attention
             )
@@ -118,7 +111,7 @@ class CrossAttention(nn.Module):
         out, text_value = attend(text, "")
         if image is not None:
             out += attend(image, "_image")[0]
-        return dense(cfg.dim, "out", cfg.dtype)(out), text_value
+        return Linear(cfg.dim, cfg.dtype, name="out")(out), text_value
 
 
 class FeedForward(nn.Module):
@@ -127,8 +120,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         cfg = self.config
-        x = nn.gelu(dense(cfg.ffn_dim, "up", cfg.dtype)(x), approximate=True)
-        return dense(cfg.dim, "down", cfg.dtype)(x)
+        x = nn.gelu(Linear(cfg.ffn_dim, cfg.dtype, name="up")(x), approximate=True)
+        return Linear(cfg.dim, cfg.dtype, name="down")(x)
 
 
 class Block(nn.Module):
@@ -184,7 +177,7 @@ class Head(nn.Module):
         shift, scale = jnp.moveaxis(modulation + time[:, :, None], -2, 0)
         x = modulate(LayerNorm(cfg.norm_eps, affine=False, name="norm")(x), shift, scale)
         features = cfg.out_channels * cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
-        return dense(features, "out", jnp.float32, nn.initializers.zeros)(x)
+        return Linear(features, jnp.float32, nn.initializers.zeros, name="out")(x)
 
 
 class DiT(nn.Module):
@@ -203,6 +196,7 @@ class DiT(nn.Module):
         subjects: SubjectInjection | None = None,
         subject_alpha: float | Array = 0.0,
         structure: AttentionStructure = FULL,
+        frame_positions: Sequence[int] | None = None,
     ) -> Float[Array, "B F H W out_channels"]:
         """Velocity ε − x0 in float32.
 
@@ -214,6 +208,7 @@ class DiT(nn.Module):
             subjects: whose text values to add inside their regions.
             subject_alpha: strength of that; 0 as a Python number leaves it out of the computation.
             structure: which video tokens see which.
+            frame_positions: where in the clip the latent frames lie, for training on a part of them; 0, 1, … if not given.
 
         Raises:
             ValueError: a shape contradicts the config or another argument.
@@ -226,24 +221,29 @@ class DiT(nn.Module):
         p, q, r = cfg.patch_size
         grid = (latents.shape[1] // p, latents.shape[2] // q, latents.shape[3] // r)
         x = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) (p q r c)", p=p, q=q, r=r)
-        x = dense(cfg.dim, "patch_embedding", cfg.dtype)(x).astype(jnp.float32)
-        rotations = rotary_rotations(*(range(size) for size in grid), head_dim=cfg.head_dim, theta=cfg.rope_theta)
+        x = Linear(cfg.dim, cfg.dtype, name="patch_embedding")(x).astype(jnp.float32)
+        positions = range(grid[0]) if frame_positions is None else frame_positions
+        if len(positions) != grid[0]:
+            raise ValueError(
+                f"frame_positions={tuple(positions)} must have one entry per latent frame, here {grid[0]}."
+            )
+        rotations = rotary_rotations(positions, range(grid[1]), range(grid[2]), cfg.head_dim, cfg.rope_theta)
 
         time = timestep_embedding(timesteps.reshape(timesteps.shape[0], -1), cfg.freq_dim)
-        time = dense(cfg.dim, "time_in", jnp.float32, SMALL)(time)
-        time = dense(cfg.dim, "time_out", jnp.float32, SMALL)(nn.silu(time))
-        time_modulation = dense(6 * cfg.dim, "time_modulation", jnp.float32)(nn.silu(time))
+        time = Linear(cfg.dim, jnp.float32, SMALL, name="time_in")(time)
+        time = Linear(cfg.dim, jnp.float32, SMALL, name="time_out")(nn.silu(time))
+        time_modulation = Linear(6 * cfg.dim, jnp.float32, name="time_modulation")(nn.silu(time))
         time_modulation = rearrange(time_modulation, "b g (six d) -> b g six d", six=6)
 
-        text = dense(cfg.dim, "text_in", cfg.dtype, SMALL)(text_embeddings)
-        text = dense(cfg.dim, "text_out", cfg.dtype, SMALL)(nn.gelu(text, approximate=True))
+        text = Linear(cfg.dim, cfg.dtype, SMALL, name="text_in")(text_embeddings)
+        text = Linear(cfg.dim, cfg.dtype, SMALL, name="text_out")(nn.gelu(text, approximate=True))
 
         image = image_embeddings
         if cfg.image_dim is not None:
             # The reference projects image tokens with its own epsilon and the exact GELU, unlike everything else here.
             image = LayerNorm(1e-5, name="image_in_norm")(image)
-            image = nn.gelu(dense(cfg.image_dim, "image_in", cfg.dtype)(image), approximate=False)
-            image = LayerNorm(1e-5, name="image_out_norm")(dense(cfg.dim, "image_out", cfg.dtype)(image))
+            image = nn.gelu(Linear(cfg.image_dim, cfg.dtype, name="image_in")(image), approximate=False)
+            image = LayerNorm(1e-5, name="image_out_norm")(Linear(cfg.dim, cfg.dtype, name="image_out")(image))
 
         blocks = nn.scan(
             REMAT[cfg.remat](Block),

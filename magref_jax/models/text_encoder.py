@@ -34,6 +34,21 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
+OFFSET_BIAS = 10.0  # logit of a head at its own offset, against 0 at all others
+
+
+def _relative_bias_init(config: TextEncoderConfig) -> nn.initializers.Initializer:
+    if not config.relative_offsets:
+        return nn.initializers.normal(1.0)
+    # Bucket of an offset: those of the first query for keys behind it, of the last one for keys before it.
+    reach = max(map(abs, config.relative_offsets)) + 1
+    buckets = relative_buckets(reach, config.num_buckets, config.max_distance)
+    chosen = [buckets[max(0, -offset), max(0, offset)] for offset in config.relative_offsets]
+    return lambda key, shape, dtype=jnp.float32: (
+        OFFSET_BIAS * jax.nn.one_hot(np.array(chosen), shape[0], axis=0, dtype=dtype)
+    )
+
+
 class SelfAttention(nn.Module):
     """Unscaled attention with this layer's own relative position biases added to the logits."""
 
@@ -52,8 +67,7 @@ class SelfAttention(nn.Module):
         key = heads("key", cfg.dim**-0.5)
         value = heads("value", cfg.dim**-0.5)
 
-        table_init = nn.initializers.normal(cfg.relative_bias_stddev)
-        table = self.param("relative_bias", table_init, (cfg.num_buckets, cfg.num_heads))
+        table = self.param("relative_bias", _relative_bias_init(cfg), (cfg.num_buckets, cfg.num_heads))
         buckets = relative_buckets(x.shape[1], cfg.num_buckets, cfg.max_distance)
         bias = rearrange(table.astype(jnp.float32)[buckets], "q k n -> 1 n q k")
 

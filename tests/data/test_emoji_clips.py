@@ -12,16 +12,16 @@ from magref_jax.pipeline import load_tokenizer
 
 DATA = EmojiWorldConfig(background_reference=1.0, subject_counts=(0.0, 0.0, 1.0))
 CONFIG = ModelConfig(
-    dit=DiTConfig(text_len=40),
+    dit=DiTConfig(text_len=48),
     vae=VAEConfig(dim_multipliers=(1, 2, 4), temporal_downsample=(False, True)),
-    sampling=SamplingConfig(height=48, width=72, num_frames=9, layout="v1"),
+    sampling=SamplingConfig(height=56, width=72, num_frames=9, layout="v1"),
 )
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder")
-    emoji_tokenizer.build_tokenizer(vocabulary(DATA), folder / "tokenizer", 40)
+    emoji_tokenizer.build_tokenizer(vocabulary(DATA), folder / "tokenizer", 48)
     return load_tokenizer(folder)
 
 
@@ -29,20 +29,21 @@ def test_three_subjects_and_a_background_take_the_layout_that_holds_four(tokeniz
     clip = sample_clip(DATA, "train", 0, 0)
     assert len(clip.references) == 4
     case = emoji_clips.clip_case(CONFIG, tokenizer, clip, order=3, num_frames=9)
-    # v2 splits 72x48 into four cells of 36x24: square sprites become 24x24, the background fills its cell.
+    # v2 splits 72x56 into four cells of 36x28: square sprites become 28x28, the background fills its cell.
     sizes = [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in case.canvas.regions]
-    assert sizes == [(24, 24)] * 3 + [(36, 24)]
+    assert sizes == [(28, 28)] * 3 + [(36, 28)]
     # Every label's words are marked in the text, and nothing else: as many tokens as the label has words.
     counts = case.subject_tokens.sum(1)
     assert counts.tolist() == [len(reference.label.split()) for reference in clip.references]
-    # 24x24 pixels on the 8-pixel token grid: 3 rows and 3 columns where a cell starts on the grid, as all x but 36 do.
-    assert all(9 <= tokens <= 12 for tokens in case.subject_regions[:3].sum(1))
+    # 28x28 pixels, from 4 or 40 across and 0 or 28 down, cover half or more of 4 x 4 tokens of 8 pixels
+    # but for one corner, of which they cover a quarter.
+    assert case.subject_regions[:3].sum(1).tolist() == [15, 15, 15]
 
 
 def test_one_to_three_references_keep_their_size_in_the_model_layout(tokenizer):
     data = EmojiWorldConfig(subject_counts=(1.0, 0.0, 0.0))
     case = emoji_clips.clip_case(CONFIG, tokenizer, sample_clip(data, "train", 0, 1), order=0, num_frames=9)
-    assert case.canvas.regions == ((24, 12, 48, 36),)
+    assert case.canvas.regions == ((24, 16, 48, 40),)
 
 
 def test_rendered_clips_start_with_their_canvas():
@@ -50,7 +51,7 @@ def test_rendered_clips_start_with_their_canvas():
     clip = sample_clip(EmojiWorldConfig(), "train", 5, 1)
     np.testing.assert_array_equal(clips[1, 1:], clip.frames)
     assert (clips[1, 0] == 255).all(-1).mean() > 0.2  # white around the references
-    assert Image.fromarray(clips[1, 0]).size == (72, 48)
+    assert Image.fromarray(clips[1, 0]).size == (72, 56)
 
 
 def test_vae_windows_lie_inside_their_clip():
@@ -111,12 +112,17 @@ def test_encoding_is_kept_resumed_and_cut_in_time(tokenizer, tmp_path):
     assert min(seen) == 4
     frames = make(5).frames
     np.testing.assert_allclose(again.arrays["clean_latents"][5], frames[::2, ::4, ::4] / 127.5 - 1, atol=1e-3)
-    clean, cells, conditioning = again.batch(np.random.default_rng(0), 6, 2)
+    clean, cells, conditioning, frames = again.batch(np.random.default_rng(0), 6, 2, reach=2)
+    assert frames == (0, 1)
     np.testing.assert_array_equal(cells[5], make(5).subject_cells[:2])
-    assert clean.shape == (6, 2, 12, 18, 3)
-    assert conditioning.region_mask.shape == (6, 2, 12, 18, 4)
+    assert clean.shape == (6, 2, 14, 18, 3)
+    assert conditioning.region_mask.shape == (6, 2, 14, 18, 4)
     np.testing.assert_allclose(clean[5], again.arrays["clean_latents"][5, :2])
     np.testing.assert_array_equal(conditioning.reference_latents[:, 1], 0.0)
+    drawn = {again.batch(np.random.default_rng(seed), 1, 3)[3] for seed in range(40)}
+    assert drawn == {(0, first, second) for first in range(1, 5) for second in range(first + 1, 5)}
+    clean, _, conditioning, frames = again.batch(np.random.default_rng(0), 6, 3)
+    np.testing.assert_allclose(clean[5], again.arrays["clean_latents"][5, list(frames)])
     references = [len(sample_clip(EmojiWorldConfig(), "train", 7, index).references) for index in range(6)]
     np.testing.assert_array_equal(clips.counts, references)
     single = clips.batch(np.random.default_rng(0), references.count(1), 2, max_references=1)[2]

@@ -29,20 +29,35 @@ ONE_SUBJECT = EmojiWorldConfig(subject_counts=(1,))
 DISPLACEMENTS = {
     "slides right": lambda frame: (4 * frame, 0),
     "slides left": lambda frame: (-4 * frame, 0),
-    "rises": lambda frame: (0, -2 * frame),
-    "falls": lambda frame: (0, 2 * frame),
+    "rises": lambda frame: (0, -4 * frame),
+    "falls": lambda frame: (0, 4 * frame),
     "stays still": lambda frame: (0, 0),
     "bounces": lambda frame: (0, -(0, 8, 12, 8)[frame % 4]),  # 12 |sin(π frame / 4)| in whole pixels
     "spins": lambda frame: (0, 0),
 }
 
+# The sprite is 24x24 in a frame of 72x56: 48 pixels of room to the right, 32 to the bottom.
+STARTS = {
+    "at the top left": (0, 0),
+    "at the top": (24, 0),
+    "at the top right": (48, 0),
+    "on the left": (0, 16),
+    "in the middle": (24, 16),
+    "on the right": (48, 16),
+    "at the bottom left": (0, 32),
+    "at the bottom": (24, 32),
+    "at the bottom right": (48, 32),
+}
+
 # Recorded when the data set was published.
 GOLDEN_HELD_OUT = ["mahjong tile", "thermometer", "hibiscus", "tangerine", "banana", "pineapple"]
 GOLDEN_CAPTIONS = [
-    "a video of the devil face falls and the honeybee bounces in front of a night sky",
-    "the envelope rises, the monorail falls and the horse face stays still over a meadow",
-    "over a snow field, the poodle slides left",
-    "a video of the hot coffee bounces, the banjo bounces and the goggles bounces over the ocean",
+    "in front of a sunset, the devil face slides right and the honeybee slides right",
+    "a video of the envelope at the bottom right stays still, the monorail at the top stays still and the horse face at the "
+    "bottom left rises in front of a night sky",
+    "over a snow field, the poodle on the right slides left",
+    "the hot coffee at the bottom bounces, the banjo at the top right slides left and the goggles at the top left falls over "
+    "a desert",
 ]
 
 
@@ -135,14 +150,15 @@ def test_label_spans_cut_the_labels_out_of_the_caption():
         for subject, reference in zip(clip.subjects, subject_references, strict=True):
             assert reference.label == names[subject.identity]
             assert clip.caption[: reference.label_span[0]].endswith("the ")
-            assert clip.caption[reference.label_span[1] :].startswith(f" {subject.motion}")
+            rest = clip.caption[reference.label_span[1] :]
+            assert rest.startswith((f" {subject.motion}", f" {subject.place} {subject.motion}"))
         if len(clip.references) > len(clip.subjects):
             background = clip.references[-1]
             assert (background.role, background.label) == ("background", clip.background)
             place = BACKGROUNDS[clip.background].place
             assert clip.caption[: background.label_span[0]].endswith(f"{place} ")
             np.testing.assert_array_equal(
-                background.image, background_image(clip.background, clip.background_params, 72, 48)
+                background.image, background_image(clip.background, clip.background_params, 72, 56)
             )
 
 
@@ -152,7 +168,7 @@ def test_boxes_move_as_the_caption_says(motion):
     for clip in clips(config, "train", 40):
         for subject in clip.subjects:
             start = subject.boxes[0]
-            assert (start[:2] % 4 == 0).all()
+            assert tuple(start[:2]) == STARTS[subject.place]
             for frame, box in enumerate(subject.boxes):
                 expected = start + np.tile(DISPLACEMENTS[motion](frame), 2)
                 np.testing.assert_array_equal(box, expected)
@@ -168,18 +184,35 @@ def test_growing_boxes_keep_their_centre(motion, sides):
             assert np.abs(centre - centre[0]).max() <= 0.5
 
 
-def test_starts_use_the_whole_lattice():
-    config = EmojiWorldConfig(subject_counts=(1,), motions=("slides left",))
-    starts = np.array([clip.subjects[0].boxes[0, :2] for clip in clips(config, "train", 400)])
-    # 28 pixels to the left must be free, and the sprite is 24 wide: x in 28…48, y in 0…24.
-    assert set(starts[:, 0]) == {28, 32, 36, 40, 44, 48}
-    assert set(starts[:, 1]) == {0, 4, 8, 12, 16, 20, 24}
+def test_subjects_start_at_every_place_that_leaves_room_for_their_motion():
+    config = EmojiWorldConfig(subject_counts=(1,), motions=("slides left", "rises", "stays still"))
+    found = {motion: set() for motion in config.motions}
+    for clip in clips(config, "train", 400):
+        found[clip.subjects[0].motion].add(clip.subjects[0].place)
+    # 28 pixels to the left, or up, must be free.
+    assert found["slides left"] == {place for place, (x, _) in STARTS.items() if x >= 28}
+    assert found["rises"] == {place for place, (_, y) in STARTS.items() if y >= 28}
+    assert found["stays still"] == set(STARTS)
+
+
+def test_captions_say_places_as_often_as_asked():
+    for share in (0.0, 0.5, 1.0):
+        config = EmojiWorldConfig(place_words=share)
+        told = [
+            all(
+                f"{reference.label} {subject.place} {subject.motion}" in clip.caption
+                for reference, subject in zip(clip.references, clip.subjects, strict=True)
+            )
+            for clip in clips(config, "train", 200)
+        ]
+        # Four standard deviations of a share of 0.5 over 200 clips.
+        assert np.mean(told) == pytest.approx(share, abs=0.14 if share == 0.5 else 0)
 
 
 @pytest.mark.parametrize(
     "config",
-    [EVERYTHING, EmojiWorldConfig(width=70, height=45, lattice=1), EmojiWorldConfig(128, 96, 16, 40, 8)],
-    ids=["everything", "free", "large"],
+    [EVERYTHING, EmojiWorldConfig(width=75, height=59), EmojiWorldConfig(128, 112, 16, 40)],
+    ids=["everything", "odd", "large"],
 )
 def test_boxes_stay_inside_the_frame(config):
     for clip in clips(config, "train", 200):
@@ -202,7 +235,7 @@ def test_frames_are_the_background_with_the_sprite_composited():
     atlas = load_atlas()
     for clip in clips(ONE_SUBJECT, "train", 60):
         (subject,) = clip.subjects
-        backdrop = Image.fromarray(background_image(clip.background, clip.background_params, 72, 48)).convert("RGBA")
+        backdrop = Image.fromarray(background_image(clip.background, clip.background_params, 72, 56)).convert("RGBA")
         sprite = Image.fromarray(atlas.sprite(subject.identity, subject.style)).resize(
             (24, 24), Image.Resampling.LANCZOS
         )
@@ -223,7 +256,7 @@ def test_subjects_stand_out_from_every_background():
         differences = []
         for clip in clips(config, "train", 40):
             x0, y0, x1, y1 = clip.subjects[0].boxes[0]
-            backdrop = background_image(name, clip.background_params, 72, 48).astype(int)
+            backdrop = background_image(name, clip.background_params, 72, 56).astype(int)
             difference = np.abs(clip.frames[0] - backdrop).max(-1)[y0:y1, x0:x1]
             differences.append((difference > 32).mean())
         assert np.median(differences) > 0.35, name
@@ -234,7 +267,7 @@ def test_backgrounds_differ_from_each_other_and_between_clips():
     for name in BACKGROUNDS:
         config = EmojiWorldConfig(backgrounds=(name,))
         images = [
-            background_image(name, clip.background_params, 72, 48).astype(float) for clip in clips(config, "train", 8)
+            background_image(name, clip.background_params, 72, 56).astype(float) for clip in clips(config, "train", 8)
         ]
         assert all(np.abs(images[0] - image).max() > 4 for image in images[1:])
         means.append(np.mean(images, axis=0))
@@ -298,7 +331,7 @@ def test_vocabulary_covers_the_captions():
         ("backgrounds", ()),
         ("cross_pair", 1.5),
         ("cross_pair_kinds", ("blurred",)),
-        ("lattice", 0),
+        ("place_words", -0.1),
         ("subject_counts", (0.0, 0.0, 0.0, 1.0)),
         ("num_frames", 32),
         ("sprite_size", 80),
@@ -313,4 +346,4 @@ def test_unknown_split_and_background_are_named():
     with pytest.raises(ValueError, match="'test'"):
         sample_clip(EmojiWorldConfig(), "test", 0, 0)
     with pytest.raises(ValueError, match="'moon'"):
-        background_image("moon", {}, 72, 48)
+        background_image("moon", {}, 72, 56)

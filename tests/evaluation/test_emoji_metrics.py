@@ -70,6 +70,7 @@ def num_subjects(clips):
         ("present", 0.97),
         ("all_present", 0.95),
         ("motion", 0.97),
+        ("place", 0.97),
         ("background", 1.0),
     ],
 )
@@ -83,7 +84,7 @@ def test_another_case_scores_as_a_guess(clips, floor):
     # What the video shows may be among the distractors: identity can be below chance, never above.
     assert floor["identity_top1"].value <= binomial_bounds(1 / 32, subjects)[1]
     assert floor["identity_top5"].value <= binomial_bounds(5 / 32, subjects)[1]
-    for metric, options, count in (("motion", 6, subjects), ("background", 10, COUNT)):
+    for metric, options, count in (("motion", 6, subjects), ("place", 9, subjects), ("background", 10, COUNT)):
         low, high = binomial_bounds(1 / options, count)
         assert low <= floor[metric].value <= high
     assert floor["present"].value <= 0.15
@@ -142,6 +143,16 @@ def test_every_motion_is_recognised(motion):
         if motion != "bounces":  # backwards, a bounce is a bounce that starts one frame later
             backwards = score_clip(clip.frames[::-1].copy(), clip, DATA)[f"motion/{motion}"]
             assert backwards.tolist() == [motion == "stays still"]
+
+
+def test_the_place_is_where_the_video_starts_if_the_prompt_says_one():
+    one = dataclasses.replace(DATA, motions=("slides right",), subject_counts=(1,))
+    for index in range(4):
+        clip = sample_clip(dataclasses.replace(one, place_words=1.0), "held_out", 1, index)
+        assert score_clip(clip.frames, clip, DATA)["place"].tolist() == [1]
+        assert score_clip(clip.frames[:, :, ::-1].copy(), clip, DATA)["place"].tolist() == [0]
+        silent = sample_clip(dataclasses.replace(one, place_words=0.0), "held_out", 1, index)
+        assert score_clip(silent.frames, silent, DATA)["place"].tolist() == []
 
 
 @pytest.mark.parametrize("name", BACKGROUNDS)

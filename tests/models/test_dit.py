@@ -161,6 +161,19 @@ def test_remat_and_attention_leave_the_gradient_as_it_is(params: Any, plain_grad
         np.testing.assert_allclose(actual_leaf, plain_leaf, rtol=0, atol=1e-5 * (1 + np.abs(plain_leaf).max()))
 
 
+def test_frame_positions_matter_by_their_distances_alone(params: Any, velocity: np.ndarray):
+    def at(*positions: int) -> jax.Array:
+        model = functools.partial(DiT(TINY).apply, frame_positions=positions)
+        return jax.jit(model)({"params": params}, *example_inputs(TINY))
+
+    np.testing.assert_array_equal(at(0, 1, 2), velocity)
+    # The phases of rotary embedding cancel but for float32 rounding of the rotations.
+    np.testing.assert_allclose(at(4, 5, 7), at(0, 1, 3), rtol=0, atol=1e-5)
+    assert np.abs(at(0, 1, 3) - velocity).max() > 1e-3
+    with pytest.raises(ValueError, match=r"frame_positions=\(0, 1\)"):
+        at(0, 1)
+
+
 def two_subjects() -> SubjectInjection:
     """Two of three slots used; tokens (row, column) of frame 0 lie in a 2 x 3 grid and the regions share token 4."""
     tokens, regions = np.zeros((2, 3, 5), np.float32), np.zeros((2, 3, 6), np.float32)

@@ -105,10 +105,19 @@ def test_text_encoder_initial_spread_is_that_of_t5(text_params):
     for name, (array, expected) in spread.items():
         # The smallest array has 256 draws: 4 standard errors.
         assert np.std(array) == pytest.approx(expected, rel=0.18), name
-    wide = dataclasses.replace(TINY_TEXT, relative_bias_stddev=4.0)
+
+
+def test_text_encoder_heads_look_at_their_own_offset():
+    offsets = (-2, -1, 1, 5)
+    config = dataclasses.replace(TINY_TEXT, num_heads=4, relative_offsets=offsets)
     tokens = jnp.zeros((1, 4), jnp.int32)
-    params = jax.jit(TextEncoder(wide).init)(jax.random.key(0), tokens, tokens)["params"]
-    assert np.std(params["blocks"]["self_attention"]["relative_bias"]) == pytest.approx(4.0, rel=0.18)
+    params = jax.jit(TextEncoder(config).init)(jax.random.key(0), tokens, tokens)["params"]
+    table = np.asarray(params["blocks"]["self_attention"]["relative_bias"][0])
+    buckets = relative_buckets(12, config.num_buckets, config.max_distance)
+    for head, offset in enumerate(offsets):
+        bias = table[buckets, head]
+        for query in range(2, 6):
+            assert bias[query].argmax() == query + offset
 
 
 def test_text_encoder_rejects_a_mask_of_another_shape():

@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from magref_jax.models.layers import LayerNorm, RMSNorm, rotary_rotations, rotate, timestep_embedding
+from magref_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
 
 
 def test_timestep_embedding_equals_float64_to_1e_6():
@@ -69,3 +70,43 @@ def test_norms_equal_their_formulas_and_compute_in_float32():
     np.testing.assert_allclose(outputs["affine"], layer * scale + bias, atol=2e-5)  # float32 at 100 resolves 8e-6
     np.testing.assert_allclose(outputs["plain"], layer, atol=2e-5)
     np.testing.assert_allclose(outputs["rms"], rms * scale, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.01)])
+def test_linear_and_its_derivatives_equal_float64(dtype: str, tolerance: float):
+    rng = np.random.default_rng(4)
+    x, cotangent = rng.standard_normal((2, 30, 24)), rng.standard_normal((2, 30, 16))
+    params = {"kernel": rng.standard_normal((24, 16)), "bias": rng.standard_normal(16)}
+    expected = (
+        x @ params["kernel"] + params["bias"],
+        {"kernel": np.einsum("bld,ble->de", x, cotangent), "bias": cotangent.sum((0, 1))},
+        cotangent @ params["kernel"].T,
+    )
+    layer = Linear(16, dtype)
+    inputs = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (params, x, cotangent))
+
+    @jax.jit
+    def apply(params, x, cotangent):
+        out, pull = jax.vjp(lambda params, x: layer.apply({"params": params}, x), params, x)
+        return out, *pull(cotangent.astype(out.dtype))
+
+    actual = apply(*inputs)
+    assert actual[0].dtype == dtype
+    # bfloat16 rounds inputs and results to 1 in 256; the sums themselves are float32.
+    jax.tree.map(
+        lambda found, exact: np.testing.assert_allclose(
+            np.asarray(found, np.float64), exact, rtol=0, atol=tolerance * np.abs(exact).max()
+        ),
+        actual,
+        expected,
+    )
+
+
+def test_long_sums_of_a_bfloat16_linear_are_float32():
+    # 4,096 ones: summed in bfloat16 they stop at 256.
+    layer = Linear(1, "bfloat16")
+    params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+    gradient = jax.jit(
+        jax.grad(lambda params: layer.apply({"params": params}, jnp.ones((4096, 1))).sum().astype(float))
+    )
+    assert jax.tree.leaves(gradient(params)) == [4096.0, 4096.0]
