@@ -153,7 +153,7 @@ def plain_gradient(params: Any) -> Any:
     return gradient(TINY, params)
 
 
-@pytest.mark.parametrize(("remat", "attention"), [("block", "reference"), ("dots", "clipwise")])
+@pytest.mark.parametrize(("remat", "attention"), [("block", "reference"), ("dots", "cpu")])
 def test_remat_and_attention_leave_the_gradient_as_it_is(params: Any, plain_gradient: Any, remat: str, attention: str):
     actual = gradient(dataclasses.replace(TINY, remat=remat, attention=attention), params)
     for actual_leaf, plain_leaf in zip(jax.tree.leaves(actual), jax.tree.leaves(plain_gradient), strict=True):
