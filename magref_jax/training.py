@@ -182,8 +182,9 @@ class Null:
     image_embeddings: Float[Array, "I E"] | None
 
 
-def drop_conditioning(conditioning: Conditioning, null: Null, stage: DiTTraining, key: jax.Array) -> Conditioning:
+def drop_conditioning(batch: Batch, null: Null, stage: DiTTraining, key: jax.Array) -> Conditioning:
     """Independently per sample: no text (what guidance needs), no references, no injection."""
+    conditioning = batch.conditioning
     keep_text, keep_references, keep_injection = (
         ~jax.random.bernoulli(subkey, rate, (len(conditioning.text_embeddings),))
         for subkey, rate in zip(
@@ -194,7 +195,7 @@ def drop_conditioning(conditioning: Conditioning, null: Null, stage: DiTTraining
     )
     conditioning = drop_text(conditioning, keep_text, null.text_embeddings)
     if conditioning.reference_latents is not None:
-        blank = null.reference_latents[: conditioning.reference_latents.shape[1]]
+        blank = null.reference_latents[jnp.array(batch.frame_positions)]
         conditioning = drop_references(conditioning, keep_references, blank, null.image_embeddings)
     if conditioning.subject_tokens is not None:
         tokens = conditioning.subject_tokens * keep_injection[:, None, None]
@@ -206,7 +207,7 @@ def dit_loss(config: TrainConfig, params: Params, batch: Batch, null: Null, key:
     """Flow matching: the velocity at a random noise level per clip, squared error, a mean weighted toward subjects."""
     stage = config.dit
     drop_key, sigma_key, noise_key = jax.random.split(key, 3)
-    conditioning = drop_conditioning(batch.conditioning, null, stage, drop_key)
+    conditioning = drop_conditioning(batch, null, stage, drop_key)
     clean = batch.clean_latents.astype(jnp.float32)
     sigmas = flow.sample_sigmas(
         sigma_key, clean.shape[:1], distribution=stage.distribution, flow_shift=stage.flow_shift

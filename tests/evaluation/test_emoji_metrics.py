@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_is_refused(clips):
 
 @pytest.fixture(scope="module")
 def model_config():
-    sampling = dataclasses.replace(CONFIG.sampling, height=48, width=72, num_frames=9, num_inference_steps=1)
+    sampling = dataclasses.replace(CONFIG.sampling, height=56, width=72, num_frames=9, num_inference_steps=1)
     return dataclasses.replace(CONFIG, sampling=sampling, dit=dataclasses.replace(CONFIG.dit, text_len=40))
 
 
@@ -255,8 +255,8 @@ def test_benchmark_of_a_perfect_model(model_config, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert report["columns"]["ground truth"]["background"] == [1, 1, 1]
     with np.load(tmp_path / "out" / "videos.npz") as videos:
-        assert videos["model"].shape == (5, 8, 48, 72, 3)
-        assert videos["shuffled"].shape == (3, 8, 48, 72, 3)
+        assert videos["model"].shape == (5, 8, 56, 72, 3)
+        assert videos["shuffled"].shape == (3, 8, 56, 72, 3)
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     assert sheet.height > 5 * emoji_benchmark.TILE_HEIGHT
 
