@@ -67,7 +67,7 @@ model = ModelConfig(
         num_frames=9,
         num_inference_steps=30,
         flow_shift=3.0,
-        guidance_scale=2.0,
+        guidance_scale=3.0,
         layout="v1",  # every reference in the size it has in the video
         negative_prompt="",
     ),

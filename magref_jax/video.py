@@ -154,7 +154,7 @@ CAPTION_SIZE = 15  # pixels
 HEADER = ("references", "canvas", "frames")
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, tile_height: int = 96, max_frames: int = 9) -> Image.Image:
+def contact_sheet(rows: Sequence[SheetRow], *, tile_height: int = 112, max_frames: int = 9) -> Image.Image:
     """One row per video: its references, its canvas, evenly spaced frames, and the caption below.
 
     Small frames are enlarged by repeating pixels, so that what the model drew is what one sees.
