@@ -42,7 +42,7 @@ Videos = UInt8[np.ndarray, "N F H W 3"]
 Columns = Mapping[str, Mapping[str, Estimate]]
 
 SHEET_ROWS = 24
-TILE_HEIGHT = 192  # pixels of the contact sheet; two frames of 48 on top of each other, doubled
+TILE_HEIGHT = 224  # pixels of the contact sheet; two frames of 56 on top of each other, doubled
 
 
 @dataclasses.dataclass(frozen=True)
