@@ -46,16 +46,8 @@ model = ModelConfig(
         num_heads=8,
         head_dim=16,
         num_layers=2,
-        relative_offsets=(
-            -2,
-            -1,
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-        ),  # frozen as initialised: a name's embedding holds what it does and where
+        # Frozen as initialised: a name's embedding holds what it does and where.
+        relative_offsets=(-2, -1, 1, 2, 3, 4, 5, 6),
         dtype="float32",
     ),
     image_encoder=ImageEncoderConfig(
@@ -78,8 +70,8 @@ model = ModelConfig(
 
 config = TrainConfig(
     model=model,
-    # Sprites start on the 8-pixel grid of the DiT's tokens (see PLACES) and move by one token per latent frame, and their references lie
-    # on that grid too: to copy is to attend to a whole token.
+    # Places lie on the 8-pixel grid of the DiT's tokens, sprites move by one token per latent frame, and their references
+    # lie on that grid too: to copy is to attend to a whole token.
     data=EmojiWorldConfig(
         subject_counts=(0.5, 0.35, 0.15),
         cross_pair=0.05,

@@ -18,8 +18,9 @@ config = TrainConfig(
         num_clips=16,
     ),
     dit=DiTTraining(
-        phases=(DiTPhase(8, 4, num_latent_frames=2), DiTPhase(4, 4, num_latent_frames=5)),
+        phases=(DiTPhase(8, 4, num_latent_frames=2, reach=3), DiTPhase(4, 4, num_latent_frames=5)),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=4),
+        dtype="bfloat16",
         num_clips=16,
     ),
     checkpoint_every=6,

@@ -115,11 +115,16 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     norm_eps: float = 1e-6
-    relative_offsets: tuple[
-        int, ...
-    ] = ()  # initialisation only: the neighbour that each head looks at; none: random biases
+    relative_offsets: tuple[int, ...] = ()  # initialisation only: the neighbour each head looks at; (): random biases
     dtype: DType = "bfloat16"
     remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        if self.relative_offsets and len(self.relative_offsets) != self.num_heads:
+            raise ValueError(
+                f"TextEncoderConfig.relative_offsets={self.relative_offsets} needs one entry per head, or none: "
+                f"num_heads={self.num_heads}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,8 +283,8 @@ class EmojiWorldConfig:
     """Size of the clips and the distribution they are drawn from; sizes and distances in pixels, speeds per frame.
 
     ``place_words`` is the probability that the caption says where each subject starts. ``subject_counts`` weighs 1, 2, …
-    subjects, cut at ``max_subjects``. ``cross_pair`` is the probability that a reference is another variant than the sprite of the clip,
-    ``background_reference`` the probability that the background is given as the last reference.
+    subjects, cut at ``max_subjects``. ``cross_pair`` is the probability that a reference is another variant than the sprite
+    of the clip, ``background_reference`` the probability that the background is given as the last reference.
     """
 
     width: int = 72
@@ -345,14 +345,19 @@ def _tracks(config: EmojiWorldConfig) -> Int[Array, "M T 4"]:
     return np.array([[box(pose) for pose in poses] for poses in _poses(config).values()])
 
 
+def place_positions(config: EmojiWorldConfig) -> dict[str, Int[Array, "2"]]:
+    """The top left corner (x, y) of a sprite at every place, in pixels."""
+    room = np.array([config.width, config.height]) - config.sprite_size
+    return {name: np.round(room * fraction).astype(int) for name, fraction in PLACES.items()}
+
+
 @functools.lru_cache(maxsize=16)
 def _starts(config: EmojiWorldConfig) -> tuple[tuple[tuple[str, ...], Int[Array, "P 2"]], ...]:
     """Per motion, the places that keep all of it inside the frame: their names and their positions (x, y)."""
     frame_size = np.array([config.width, config.height])
-    room = frame_size - config.sprite_size
+    places = place_positions(config)
     starts = []
     for motion, track in zip(config.motions, _tracks(config), strict=True):
-        places = {name: np.round(room * fraction).astype(int) for name, fraction in PLACES.items()}
         fitting = {
             name: start
             for name, start in places.items()

@@ -25,6 +25,7 @@ from magref_jax.data.emoji_world import (
     EmojiWorldConfig,
     background_image,
     load_atlas,
+    place_positions,
     sample_clip,
     split_identities,
 )
@@ -219,8 +220,8 @@ def _motion(maps: Float[Array, "F Y X"], paths: Mapping[str, Int[Array, "F 2"]])
 
 
 def _nearest_place(column: int, row: int, config: EmojiWorldConfig) -> str:
-    room = np.array([config.width, config.height]) - config.sprite_size
-    return min(PLACES, key=lambda place: float(np.abs(room * PLACES[place] - (column, row)).sum()))
+    positions = place_positions(config)
+    return min(positions, key=lambda place: int(np.abs(positions[place] - (column, row)).sum()))
 
 
 CELL = 8  # pixels

@@ -33,10 +33,11 @@ FULL = AttentionStructure("full")
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A function of (query, key, value, bias, scale) and the kinds of structure that it computes."""
+    """A function of (query, key, value, bias, scale), the kinds of structure that it computes, and whether a bias may be given."""
 
-    function: Callable[[Array, Array, Array, Array | None, float], Array]
+    function: Callable[..., Array]
     structures: frozenset[str] = frozenset({"full"})
+    takes_bias: bool = True
 
 
 def _jax(name: Literal["xla", "cudnn"]) -> Callable[[Array, Array, Array, Array | None, float], Array]:
@@ -54,9 +55,7 @@ def _reference(query: Array, key: Array, value: Array, bias: Array | None, scale
     return jnp.einsum("bnqs,bsnk->bqnk", weights, value.astype(jnp.float32)).astype(query.dtype)
 
 
-def _cpu(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
-    if bias is not None:
-        raise NotImplementedError("implementation='cpu' takes no bias; choose another.")
+def _cpu(query: Array, key: Array, value: Array, bias: None, scale: float) -> Array:
     return _attend(scale, query, key, value)
 
 
@@ -125,7 +124,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_jax("xla")),
     "cudnn": Implementation(_jax("cudnn")),  # Nvidia GPUs, bfloat16 or float16
     "reference": Implementation(_reference),
-    "cpu": Implementation(_cpu),
+    "cpu": Implementation(_cpu, takes_bias=False),
 }
 
 
@@ -143,7 +142,7 @@ def dot_product_attention(
 
     Raises:
         ValueError: no implementation has this name.
-        NotImplementedError: the implementation does not compute this structure.
+        NotImplementedError: the implementation does not compute this structure, or takes no bias.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}.")
@@ -153,5 +152,7 @@ def dot_product_attention(
             f"implementation={implementation!r} cannot compute structure {structure.kind!r}, "
             f"only {', '.join(sorted(chosen.structures))}."
         )
+    if bias is not None and not chosen.takes_bias:
+        raise NotImplementedError(f"implementation={implementation!r} takes no bias.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return checkpoint_name(chosen.function(query, key, value, bias, scale), ATTENTION_OUT)

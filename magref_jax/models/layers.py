@@ -49,11 +49,13 @@ class Linear(nn.Module):
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         if jnp.dtype(self.dtype) == jnp.float32:
             return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias
-        return _linear(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], self.features)
+        return _linear(x, kernel, bias)
 
 
 @jax.custom_vjp
-def _linear(x: Float[Array, "L D"], kernel: Float[Array, "D E"], bias: Float[Array, "E"]) -> Float[Array, "L E"]:
+def _linear(
+    x: Float[Array, "*batch D"], kernel: Float[Array, "D E"], bias: Float[Array, "E"]
+) -> Float[Array, "*batch E"]:
     return (jnp.dot(x, kernel, preferred_element_type=jnp.float32) + bias).astype(x.dtype)
 
 
@@ -63,21 +65,34 @@ def _linear_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[
 
 def _linear_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, Array]:
     x, kernel = saved
-    of_x = jnp.einsum("le,de->ld", cotangent, kernel, preferred_element_type=jnp.float32)
-    of_kernel = jnp.einsum("dl,le->de", _transposed(x), cotangent, preferred_element_type=jnp.float32)
-    ones = jnp.ones((1, len(x)), x.dtype)
-    of_bias = jnp.dot(ones, cotangent, preferred_element_type=jnp.float32)[0]
+    of_x = jnp.einsum("...e,de->...d", cotangent, kernel, preferred_element_type=jnp.float32)
+    of_kernel, of_bias = jax.lax.platform_dependent(
+        x, cotangent, cpu=_parameter_gradients_on_cpu, default=_parameter_gradients
+    )
     return of_x.astype(x.dtype), of_kernel.astype(x.dtype), of_bias.astype(x.dtype)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _transposed(x: Float[Array, "L D"]) -> Float[Array, "D L"]:
-    """xᵀ; on a CPU a copy in row-major order, the only one in which XLA's fast products take it."""
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: with_layout_constraint(x.T, Layout((0, 1))), default=lambda x: x.T
-    )
+def _parameter_gradients(
+    x: Float[Array, "*batch D"], cotangent: Float[Array, "*batch E"]
+) -> tuple[Float[Array, "D E"], Float[Array, "E"]]:
+    # The leading axes stay apart: merged, batch and sequence could not stay sharded over different axes of a mesh.
+    leading = tuple(range(x.ndim - 1))
+    of_kernel = jnp.tensordot(x, cotangent, axes=(leading, leading), preferred_element_type=jnp.float32)
+    return of_kernel, jnp.sum(cotangent, axis=leading, dtype=jnp.float32)
+
+
+def _parameter_gradients_on_cpu(
+    x: Float[Array, "*batch D"], cotangent: Float[Array, "*batch E"]
+) -> tuple[Float[Array, "D E"], Float[Array, "E"]]:
+    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+    # A copy in row-major order, the only one in which XLA's fast products take it; and a sum that is a product.
+    transposed = with_layout_constraint(x.T, Layout((0, 1)))
+    ones = jnp.ones((1, len(x)), x.dtype)
+    of_kernel = jnp.dot(transposed, cotangent, preferred_element_type=jnp.float32)
+    return of_kernel, jnp.dot(ones, cotangent, preferred_element_type=jnp.float32)[0]
 
 
 class RMSNorm(nn.Module):

@@ -120,6 +120,11 @@ def test_text_encoder_heads_look_at_their_own_offset():
             assert bias[query].argmax() == query + offset
 
 
+def test_text_encoder_needs_an_offset_for_every_head():
+    with pytest.raises(ValueError, match=r"relative_offsets=\(1, 2\) needs one entry per head, or none: num_heads=4"):
+        dataclasses.replace(TINY_TEXT, relative_offsets=(1, 2))
+
+
 def test_text_encoder_rejects_a_mask_of_another_shape():
     with pytest.raises(ValueError, match=r"\(1, 4\) and \(1, 5\)"):
         jax.eval_shape(

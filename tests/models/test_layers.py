@@ -1,8 +1,11 @@
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magref_jax.models import layers
 from magref_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
 
 
@@ -100,6 +103,17 @@ def test_linear_and_its_derivatives_equal_float64(dtype: str, tolerance: float):
         actual,
         expected,
     )
+
+
+@pytest.mark.parametrize("gradients", [layers._parameter_gradients, layers._parameter_gradients_on_cpu])
+def test_gradients_of_the_parameters_are_the_same_on_every_device(gradients: Callable):
+    rng = np.random.default_rng(5)
+    x, cotangent = (jnp.asarray(rng.standard_normal((2, 30, width)), jnp.bfloat16) for width in (24, 16))
+    of_kernel, of_bias = jax.jit(gradients)(x, cotangent)
+    x, cotangent = np.asarray(x, np.float64), np.asarray(cotangent, np.float64)
+    # float32 sums of 60 products that are exact in float32.
+    np.testing.assert_allclose(of_kernel, np.einsum("bld,ble->de", x, cotangent), atol=1e-5)
+    np.testing.assert_allclose(of_bias, cotangent.sum((0, 1)), atol=1e-5)
 
 
 def test_long_sums_of_a_bfloat16_linear_are_float32():
