@@ -6,14 +6,16 @@ torch shapes and axis orders exist in this folder alone.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from flax import traverse_util
 
 LAYER = "{layer}"
+MAX_PROBLEMS = 8  # in one message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,59 +92,156 @@ def drop(torch_pattern: str) -> Rule:
     return Rule(torch_pattern, ())
 
 
-def convert(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], abstract_params: Any) -> dict[str, Any]:
-    """Fills a parameter tree of the shapes and dtypes of `abstract_params` from tensors under torch names.
+layer_norm = functools.partial(norm, bias=True)
 
-    `tensors` is read one name at a time, so it may load lazily.
+
+# Tables: one row per module, one column per layout
+
+Layout = Literal["wan", "hf"]  # the original names; those of diffusers (transformer, VAE) and transformers (encoders)
+_COLUMNS = {"wan": 0, "hf": 1}
+
+# Rules of a module, given its torch name and ours.
+MakeRules = Callable[[str, str], tuple[Rule, ...]]
+# ... then our name, and the torch name in each layout; None: it has no such module.
+Row = tuple[MakeRules, str, str | None, str | None]
+
+
+def rules_in(layout: Layout, rows: Iterable[Row]) -> tuple[Rule, ...]:
+    """What a table says of one layout."""
+    if layout not in _COLUMNS:
+        raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(map(repr, _COLUMNS))}.")
+    return tuple(
+        rule
+        for make_rules, flax, *names in rows
+        if (torch := names[_COLUMNS[layout]]) is not None
+        for rule in make_rules(torch, flax)
+    )
+
+
+def within(flax: str, wan: str, hf: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows of a part of a network, each name behind that of the part."""
+    return tuple(
+        (make_rules, flax + name, None if in_wan is None else wan + in_wan, None if in_hf is None else hf + in_hf)
+        for make_rules, name, in_wan, in_hf in rows
+    )
+
+
+def array(transform: Transform = IDENTITY) -> MakeRules:
+    """For a single array, whose names are complete."""
+    return lambda torch, flax: (Rule(torch, flax, transform),)
+
+
+def unused(torch: str, _: str) -> tuple[Rule, ...]:
+    """For what a checkpoint may hold and we have no parameter for."""
+    return (drop(torch),)
+
+
+# Both directions
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """Which parameters, or which layer of them, a torch tensor fills."""
+
+    name: str
+    rule: Rule
+    layer: int | None  # None: the whole parameter
+
+    def arrays(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Parameter paths and what the tensor holds for them, in our axis order."""
+        arrays = self.rule.transform.forward(tensor)
+        yield from zip(self.rule.flax_paths, arrays if isinstance(arrays, tuple) else (arrays,), strict=True)
+
+
+def match(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], abstract_params: Any) -> list[Filling]:
+    """What each torch tensor of these names and shapes fills, in the order of the names; dropped names are left out.
 
     Raises:
         ValueError: a name matches no rule or several, fills a slot twice, names a layer the model lacks or has the
-            wrong shape; or a parameter, or one layer of it, is left without a tensor.
+            wrong shape; or a parameter, or one layer of it, is left without a tensor. The message lists the first of them.
     """
-    abstract = _flatten(abstract_params)
+    abstract = flatten(abstract_params)
     _check_paths(rules, abstract)
     matchers = [(rule, rule.matcher()) for rule in rules]
-    params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
+    expected = {rule: _torch_shape(rule, abstract) for rule in rules if rule.flax_paths}
+    fillings: list[Filling] = []
     filled: dict[tuple[str, int], str] = {}
+    problems: list[str] = []
 
-    for name in tensors:
-        matches = [(rule, match) for rule, matcher in matchers if (match := matcher.fullmatch(name))]
+    for name, shape in shapes.items():
+        matches = [(rule, found) for rule, matcher in matchers if (found := matcher.fullmatch(name))]
         # A layer that the model leaves out also matches the rules of all layers. Dropping too much leaves a parameter empty.
         if any(not rule.flax_paths for rule, _ in matches):
             continue
         if len(matches) != 1:
-            found = ", ".join(repr(rule.torch_pattern) for rule, _ in matches)
-            raise ValueError(
-                f"{name!r} with shape {tuple(tensors[name].shape)} matches {len(matches)} conversion rules"
-                f"{f' ({found})' if found else ''}, expected exactly 1."
+            patterns = ", ".join(repr(rule.torch_pattern) for rule, _ in matches)
+            problems.append(
+                f"{name!r} with shape {tuple(shape)} matches {len(matches)} conversion rules"
+                f"{f' ({patterns})' if patterns else ''}, expected exactly 1."
             )
-        rule, match = matches[0]
-        layer = int(match["layer"]) if rule.is_stacked else 0
-        num_layers = _num_layers(rule, abstract)
+            continue
+        rule, found = matches[0]
+        path, layer, num_layers = rule.flax_paths[0], int(found["layer"]) if rule.is_stacked else 0, 1
+        if rule.is_stacked:
+            num_layers = _num_layers(rule, abstract)
+        earlier = filled.setdefault((path, layer), name)
         if layer >= num_layers:
-            raise ValueError(
-                f"{name!r} with shape {tuple(tensors[name].shape)} is layer {layer}, but {rule.flax_paths[0]!r} with shape "
-                f"{tuple(abstract[rule.flax_paths[0]].shape)} has layers 0 to {num_layers - 1}."
+            problems.append(
+                f"{name!r} with shape {tuple(shape)} is layer {layer}, but {path!r} with shape "
+                f"{tuple(abstract[path].shape)} has layers 0 to {num_layers - 1}."
             )
-        if (earlier := filled.setdefault((rule.flax_paths[0], layer), name)) != name:
-            raise ValueError(f"{name!r} and {earlier!r} both fill {rule.flax_paths[0]!r}, layer {layer}.")
-        tensor = tensors[name]
-        expected = _torch_shape(rule, abstract)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"{name!r} has shape {tuple(tensor.shape)}, expected {expected} to fill {' + '.join(rule.flax_paths)}."
+        elif earlier != name:
+            problems.append(f"{name!r} and {earlier!r} both fill {path!r}, layer {layer}.")
+        elif tuple(shape) != expected[rule]:
+            problems.append(
+                f"{name!r} has shape {tuple(shape)}, expected {expected[rule]} to fill {' + '.join(rule.flax_paths)}."
             )
-        arrays = rule.transform.forward(tensor)
-        for path, array in zip(rule.flax_paths, arrays if isinstance(arrays, tuple) else (arrays,), strict=True):
-            params[path][layer if rule.is_stacked else ...] = array.astype(params[path].dtype)
+        fillings.append(Filling(name, rule, layer if rule.is_stacked else None))
 
     for rule, layer, name in _wanted(rules, abstract):
         if (rule.flax_paths[0], layer) not in filled:
-            raise ValueError(
-                f"{name!r} is missing: expected shape {_torch_shape(rule, abstract)} to fill {' + '.join(rule.flax_paths)}, "
-                "found none."
+            problems.append(
+                f"{name!r} is missing: expected shape {expected[rule]} to fill {' + '.join(rule.flax_paths)}, found none."
             )
+    if problems:
+        rest = [f"and {len(problems) - MAX_PROBLEMS} more."] if len(problems) > MAX_PROBLEMS else []
+        raise ValueError("\n".join(problems[:MAX_PROBLEMS] + rest))
+    return fillings
+
+
+def convert(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], abstract_params: Any) -> dict[str, Any]:
+    """Fills a parameter tree of the shapes and dtypes of `abstract_params` from tensors under torch names, in memory.
+
+    Raises:
+        ValueError: see `match`.
+    """
+    params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in flatten(abstract_params).items()}
+    for filling in match(rules, {name: tensor.shape for name, tensor in tensors.items()}, abstract_params):
+        for path, array in filling.arrays(tensors[filling.name]):
+            params[path][... if filling.layer is None else filling.layer] = array.astype(params[path].dtype)
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """Where the values of a torch tensor come from."""
+
+    shape: tuple[int, ...]
+    rule: Rule
+    layer: int | None  # None: the whole parameter
+
+
+def torch_sources(rules: Sequence[Rule], flat: Mapping[str, Any]) -> dict[str, TorchTensor]:
+    """Every torch name that belongs to these parameters, given by slash-separated path; dropped names stay absent.
+
+    Raises:
+        ValueError: the rules and the parameters do not cover each other.
+    """
+    _check_paths(rules, flat)
+    return {
+        name: TorchTensor(_torch_shape(rule, flat), rule, layer if rule.is_stacked else None)
+        for rule, layer, name in _wanted(rules, flat)
+    }
 
 
 def to_torch(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
@@ -151,14 +250,12 @@ def to_torch(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the rules and the parameters do not cover each other.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in _flatten(params).items()}
-    _check_paths(rules, flat)
-    return {
-        name: np.ascontiguousarray(
-            rule.transform.inverse(*(flat[path][layer] if rule.is_stacked else flat[path] for path in rule.flax_paths))
-        )
-        for rule, layer, name in _wanted(rules, flat)
-    }
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    tensors = {}
+    for name, source in torch_sources(rules, flat).items():
+        arrays = (flat[path] if source.layer is None else flat[path][source.layer] for path in source.rule.flax_paths)
+        tensors[name] = np.ascontiguousarray(source.rule.transform.inverse(*arrays))
+    return tensors
 
 
 def torch_shapes(rules: Sequence[Rule], abstract_params: Any) -> dict[str, tuple[int, ...]]:
@@ -167,12 +264,11 @@ def torch_shapes(rules: Sequence[Rule], abstract_params: Any) -> dict[str, tuple
     Raises:
         ValueError: the rules and the parameters do not cover each other.
     """
-    abstract = _flatten(abstract_params)
-    _check_paths(rules, abstract)
-    return {name: _torch_shape(rule, abstract) for rule, _, name in _wanted(rules, abstract)}
+    return {name: source.shape for name, source in torch_sources(rules, flatten(abstract_params)).items()}
 
 
-def _flatten(params: Any) -> dict[str, Any]:
+def flatten(params: Any) -> dict[str, Any]:
+    """The leaves of a tree by slash-separated path."""
     return traverse_util.flatten_dict(params, sep="/")
 
 

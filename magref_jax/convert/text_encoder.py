@@ -1,20 +1,39 @@
-"""umT5: names of `models_t5_umt5-xxl-enc-bf16.pth` and the parameters of `TextEncoder`."""
+"""What umT5's parameters are called in `models_t5_umt5-xxl-enc-bf16.pth` and in the files of transformers."""
 
-from magref_jax.convert.rules import Rule, dense, norm
+import functools
 
-_BLOCK = "blocks.{layer}."
+from magref_jax.config import TextEncoderConfig
+from magref_jax.convert.rules import Layout, Row, Rule, array, dense, norm, rules_in, unused, within
 
-TEXT_ENCODER_RULES = (
-    Rule("token_embedding.weight", "token_embedding"),
-    *norm(_BLOCK + "norm1", "blocks/self_attention_norm"),
-    *dense(_BLOCK + "attn.q", "blocks/self_attention/query", bias=False),
-    *dense(_BLOCK + "attn.k", "blocks/self_attention/key", bias=False),
-    *dense(_BLOCK + "attn.v", "blocks/self_attention/value", bias=False),
-    *dense(_BLOCK + "attn.o", "blocks/self_attention/out", bias=False),
-    Rule(_BLOCK + "pos_embedding.embedding.weight", "blocks/self_attention/relative_bias"),
-    *norm(_BLOCK + "norm2", "blocks/feed_forward_norm"),
-    *dense(_BLOCK + "ffn.gate.0", "blocks/feed_forward/gate", bias=False),
-    *dense(_BLOCK + "ffn.fc1", "blocks/feed_forward/up", bias=False),
-    *dense(_BLOCK + "ffn.fc2", "blocks/feed_forward/down", bias=False),
-    *norm("norm", "norm"),
-)
+_dense = functools.partial(dense, bias=False)
+
+_ATTENTION: tuple[Row, ...] = (
+    (norm,    "self_attention_norm",          "norm1",                          "layer_norm"),
+    (_dense,  "self_attention/query",         "attn.q",                         "SelfAttention.q"),
+    (_dense,  "self_attention/key",           "attn.k",                         "SelfAttention.k"),
+    (_dense,  "self_attention/value",         "attn.v",                         "SelfAttention.v"),
+    (_dense,  "self_attention/out",           "attn.o",                         "SelfAttention.o"),
+    (array(), "self_attention/relative_bias", "pos_embedding.embedding.weight",
+                                              "SelfAttention.relative_attention_bias.weight"),
+)  # fmt: skip
+_FEED_FORWARD: tuple[Row, ...] = (
+    (norm,   "feed_forward_norm", "norm2",      "layer_norm"),
+    (_dense, "feed_forward/gate", "ffn.gate.0", "DenseReluDense.wi_0"),
+    (_dense, "feed_forward/up",   "ffn.fc1",    "DenseReluDense.wi_1"),
+    (_dense, "feed_forward/down", "ffn.fc2",    "DenseReluDense.wo"),
+)  # fmt: skip
+_ROWS: tuple[Row, ...] = (
+    (array(), "token_embedding", "token_embedding.weight", "shared.weight"),
+    # The same array as `shared.weight`. A file may hold either or both, and a parameter is filled once: where this name
+    # stands alone, the reader of the file renames it.
+    (unused,  "",                None,                     "encoder.embed_tokens.weight"),
+    *within("blocks/", "blocks.{layer}.", "encoder.block.{layer}.layer.0.", _ATTENTION),
+    *within("blocks/", "blocks.{layer}.", "encoder.block.{layer}.layer.1.", _FEED_FORWARD),
+    (norm,    "norm",            "norm",                   "encoder.final_layer_norm"),
+    (unused,  "",                "spiece_model",           "spiece_model"),  # the tokenizer, in files for ComfyUI
+)  # fmt: skip
+
+
+def text_encoder_rules(config: TextEncoderConfig, layout: Layout = "wan") -> tuple[Rule, ...]:
+    """One rule per tensor of a checkpoint, or per tensor of each block; the same for every `config`."""
+    return rules_in(layout, _ROWS)

@@ -1,11 +1,11 @@
-"""The Wan VAE: names of `Wan2.1_VAE.pth` and the parameters of `VAE`."""
+"""What the parameters of the Wan VAE are called in `Wan2.1_VAE.pth` and in the files of diffusers."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from magref_jax.config import VAEConfig
-from magref_jax.convert.rules import CONV2D, CONV3D, Rule, Transform
+from magref_jax.convert.rules import CONV2D, CONV3D, Layout, MakeRules, Row, Rule, Transform, array, rules_in, within
 
 # [channels, 1, 1, 1] between convolutions, [channels, 1, 1] before attention <-> [channels]
 _VIDEO_GAMMA = Transform(np.ravel, lambda scale: scale[:, None, None, None])
@@ -16,78 +16,97 @@ _FRAME_CONV = Transform(lambda w: CONV2D.forward(w[:, :, 0]), lambda kernel: CON
 _TIME_CONV = Transform(lambda w: w[..., 0, 0].transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)[..., None, None])
 
 
-def vae_rules(config: VAEConfig) -> tuple[Rule, ...]:
-    """The table. Wan numbers the layers of all stages in one row: the residual blocks of a stage, then its resampling."""
-    widths = [config.base_dim * multiplier for multiplier in config.dim_multipliers]
-    return (
-        *_conv("encoder.conv1", "encoder/conv_in", CONV3D),
-        *_encoder_stages(config, widths),
-        *_tail("encoder"),
-        *_conv("conv1", "quant", _FRAME_CONV),
-        *_conv("conv2", "post_quant", _FRAME_CONV),
-        *_conv("decoder.conv1", "decoder/conv_in", CONV3D),
-        *_decoder_stages(config, widths[::-1]),
-        *_tail("decoder"),
+def _convolution(kernel: Transform) -> MakeRules:
+    return lambda torch, flax: (
+        Rule(f"{torch}.weight", f"{flax}/kernel", kernel),
+        Rule(f"{torch}.bias", f"{flax}/bias"),
     )
 
 
-def _encoder_stages(config: VAEConfig, widths: Sequence[int]) -> list[Rule]:
-    rules: list[Rule] = []
-    index, width_in = 0, widths[0]
+_conv2d, _conv3d, _frame_conv = _convolution(CONV2D), _convolution(CONV3D), _convolution(_FRAME_CONV)
+_video_gamma, _image_gamma = array(_VIDEO_GAMMA), array(_IMAGE_GAMMA)
+
+_RESIDUAL_BLOCK: tuple[Row, ...] = (
+    (_video_gamma, "norm_in/scale",  "residual.0.gamma", "norm1.gamma"),
+    (_conv3d,      "conv_in",        "residual.2",       "conv1"),
+    (_video_gamma, "norm_out/scale", "residual.3.gamma", "norm2.gamma"),
+    (_conv3d,      "conv_out",       "residual.6",       "conv2"),
+)  # fmt: skip
+_SHORTCUT: tuple[Row, ...] = (
+    (_frame_conv,  "shortcut",       "shortcut",         "conv_shortcut"),
+)  # fmt: skip
+_DOWN: tuple[Row, ...] = (
+    (array(CONV2D), "kernel", "resample.1.weight", "resample.1.weight"),
+    (array(),       "bias",   "resample.1.bias",   "resample.1.bias"),
+)  # fmt: skip
+_DOWN_TIME: tuple[Row, ...] = (
+    (array(_TIME_CONV), "time_kernel", "time_conv.weight", "time_conv.weight"),
+    (array(),           "time_bias",   "time_conv.bias",   "time_conv.bias"),
+)  # fmt: skip
+_UP: tuple[Row, ...] = (
+    (_conv2d, "conv",      "resample.1", "resample.1"),
+)  # fmt: skip
+_UP_TIME: tuple[Row, ...] = (
+    (_conv3d, "time_conv", "time_conv",  "time_conv"),
+)  # fmt: skip
+# Of the encoder and, but for the order, of the decoder.
+_AROUND_THE_STAGES: tuple[Row, ...] = (
+    (_conv3d,      "conv_in",                     "conv1",               "conv_in"),
+    *within("middle/res_0/", "middle.0.", "mid_block.resnets.0.", _RESIDUAL_BLOCK),
+    (_image_gamma, "middle/attention/norm/scale", "middle.1.norm.gamma", "mid_block.attentions.0.norm.gamma"),
+    (_conv2d,      "middle/attention/qkv",        "middle.1.to_qkv",     "mid_block.attentions.0.to_qkv"),
+    (_conv2d,      "middle/attention/out",        "middle.1.proj",       "mid_block.attentions.0.proj"),
+    *within("middle/res_1/", "middle.2.", "mid_block.resnets.1.", _RESIDUAL_BLOCK),
+    (_video_gamma, "norm_out/scale",              "head.0.gamma",        "norm_out.gamma"),
+    (_conv3d,      "conv_out",                    "head.2",              "conv_out"),
+)  # fmt: skip
+
+
+def vae_rules(config: VAEConfig, layout: Layout = "wan") -> tuple[Rule, ...]:
+    """One rule per tensor of a checkpoint."""
+    widths = [config.base_dim * multiplier for multiplier in config.dim_multipliers]
+    rows: tuple[Row, ...] = (
+        *within("encoder/", "encoder.", "encoder.", (*_AROUND_THE_STAGES, *_encoder_stages(config, widths))),
+        (_frame_conv, "quant",      "conv1", "quant_conv"),
+        (_frame_conv, "post_quant", "conv2", "post_quant_conv"),
+        *within("decoder/", "decoder.", "decoder.", (*_AROUND_THE_STAGES, *_decoder_stages(config, widths[::-1]))),
+    )  # fmt: skip
+    return rules_in(layout, rows)
+
+
+# Wan numbers the layers of all stages in one row, the residual blocks of a stage before its resampling. So does diffusers
+# in the encoder; its decoder has a list of stages, each with two lists.
+
+
+def _encoder_stages(config: VAEConfig, widths: Sequence[int]) -> list[Row]:
+    rows: list[Row] = []
+    index, width_in = 0, config.base_dim
     for stage, width in enumerate(widths):
         for i in range(config.num_res_blocks):
-            names = f"encoder.downsamples.{index}", f"encoder/stage_{stage}_res_{i}"
-            rules += _residual_block(*names, shortcut=width_in != width)
+            names = f"stage_{stage}_res_{i}/", f"downsamples.{index}.", f"down_blocks.{index}."
+            rows += within(*names, _residual_block(width_in, width))
             index, width_in = index + 1, width
         if stage < len(config.temporal_downsample):
-            torch, flax = f"encoder.downsamples.{index}", f"encoder/stage_{stage}_down"
-            rules += _conv(f"{torch}.resample.1", flax, CONV2D)
-            if config.temporal_downsample[stage]:
-                rules.append(Rule(f"{torch}.time_conv.weight", f"{flax}/time_kernel", _TIME_CONV))
-                rules.append(Rule(f"{torch}.time_conv.bias", f"{flax}/time_bias"))
+            names = f"stage_{stage}_down/", f"downsamples.{index}.", f"down_blocks.{index}."
+            rows += within(*names, _DOWN + _DOWN_TIME if config.temporal_downsample[stage] else _DOWN)
             index += 1
-    return rules
+    return rows
 
 
-def _decoder_stages(config: VAEConfig, widths: Sequence[int]) -> list[Rule]:
-    rules: list[Rule] = []
+def _decoder_stages(config: VAEConfig, widths: Sequence[int]) -> list[Row]:
+    rows: list[Row] = []
     index, width_in = 0, widths[0]
     for stage, width in enumerate(widths):
         for i in range(config.num_res_blocks + 1):
-            names = f"decoder.upsamples.{index}", f"decoder/stage_{stage}_res_{i}"
-            rules += _residual_block(*names, shortcut=width_in != width)
+            names = f"stage_{stage}_res_{i}/", f"upsamples.{index}.", f"up_blocks.{stage}.resnets.{i}."
+            rows += within(*names, _residual_block(width_in, width))
             index, width_in = index + 1, width
         if stage < len(config.temporal_downsample):
-            torch, flax = f"decoder.upsamples.{index}", f"decoder/stage_{stage}_up"
-            rules += _conv(f"{torch}.resample.1", f"{flax}/conv", CONV2D)
-            if config.temporal_downsample[::-1][stage]:
-                rules += _conv(f"{torch}.time_conv", f"{flax}/time_conv", CONV3D)
+            names = f"stage_{stage}_up/", f"upsamples.{index}.", f"up_blocks.{stage}.upsamplers.0."
+            rows += within(*names, _UP + _UP_TIME if config.temporal_downsample[::-1][stage] else _UP)
             index, width_in = index + 1, width // 2
-    return rules
+    return rows
 
 
-def _tail(side: str) -> tuple[Rule, ...]:
-    """What follows the encoder's stages and, but for the order, surrounds the decoder's."""
-    return (
-        *_residual_block(f"{side}.middle.0", f"{side}/middle/res_0"),
-        Rule(f"{side}.middle.1.norm.gamma", f"{side}/middle/attention/norm/scale", _IMAGE_GAMMA),
-        *_conv(f"{side}.middle.1.to_qkv", f"{side}/middle/attention/qkv", CONV2D),
-        *_conv(f"{side}.middle.1.proj", f"{side}/middle/attention/out", CONV2D),
-        *_residual_block(f"{side}.middle.2", f"{side}/middle/res_1"),
-        Rule(f"{side}.head.0.gamma", f"{side}/norm_out/scale", _VIDEO_GAMMA),
-        *_conv(f"{side}.head.2", f"{side}/conv_out", CONV3D),
-    )
-
-
-def _residual_block(torch: str, flax: str, shortcut: bool = False) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{torch}.residual.0.gamma", f"{flax}/norm_in/scale", _VIDEO_GAMMA),
-        *_conv(f"{torch}.residual.2", f"{flax}/conv_in", CONV3D),
-        Rule(f"{torch}.residual.3.gamma", f"{flax}/norm_out/scale", _VIDEO_GAMMA),
-        *_conv(f"{torch}.residual.6", f"{flax}/conv_out", CONV3D),
-        *(_conv(f"{torch}.shortcut", f"{flax}/shortcut", _FRAME_CONV) if shortcut else ()),
-    )
-
-
-def _conv(torch: str, flax: str, kernel: Transform) -> tuple[Rule, ...]:
-    return Rule(f"{torch}.weight", f"{flax}/kernel", kernel), Rule(f"{torch}.bias", f"{flax}/bias")
+def _residual_block(width_in: int, width: int) -> tuple[Row, ...]:
+    return _RESIDUAL_BLOCK if width_in == width else _RESIDUAL_BLOCK + _SHORTCUT

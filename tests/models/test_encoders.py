@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from magref_jax.config import ImageEncoderConfig, TextEncoderConfig
-from magref_jax.convert.image_encoder import image_encoder_rules
+from magref_jax.convert.image_encoder import image_encoder_rules, image_encoder_unused
 from magref_jax.convert.rules import convert, torch_shapes
-from magref_jax.convert.text_encoder import TEXT_ENCODER_RULES
+from magref_jax.convert.text_encoder import text_encoder_rules
 from magref_jax.models.image_encoder import CLIP_MEAN, CLIP_STD, ImageEncoder, bicubic_matrix, preprocess
 from magref_jax.models.text_encoder import TextEncoder, relative_buckets
 
@@ -135,7 +135,7 @@ def test_text_encoder_rejects_a_mask_of_another_shape():
 def test_full_size_text_encoder_is_umt5_xxl():
     params = abstract_text_params(TextEncoderConfig())
     assert num_parameters(params) == 5_680_910_336
-    shapes = torch_shapes(TEXT_ENCODER_RULES, params)
+    shapes = torch_shapes(text_encoder_rules(TextEncoderConfig()), params)
     assert len(shapes) == 242
     assert sum(map(math.prod, shapes.values())) == 5_680_910_336
     expected = {
@@ -191,6 +191,7 @@ def test_full_size_image_encoder_is_clip_without_its_end():
     drops = [rule.matcher() for rule in rules if not rule.flax_paths]
     dropped = {name for name in original if any(matcher.fullmatch(name) for matcher in drops)}
     assert kept.keys() | dropped == original.keys()
+    assert image_encoder_unused(config) == {name: original[name] for name in dropped}
     assert not kept.keys() & dropped
     num_dropped = sum(math.prod(original[name]) for name in dropped)
     assert num_parameters(params) == 611_086_080

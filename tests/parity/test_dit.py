@@ -15,7 +15,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from magref_jax.config import DiTConfig
-from magref_jax.convert.dit import DIT_RULES
+from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import convert, torch_shapes
 from magref_jax.models.dit import DiT
 from tests.parity.torch_random import random_tensors
@@ -74,7 +74,7 @@ def models(request: pytest.FixtureRequest) -> Models:
     config = CONFIGS[request.param]
     dit = DiT(config)
     abstract = jax.eval_shape(dit.init, jax.random.key(0), *abstract_inputs(config))["params"]
-    rules = DIT_RULES(config)
+    rules = dit_rules(config)
     tensors = random_tensors(torch_shapes(rules, abstract), seed=1)
     params = convert(rules, tensors, abstract)
 

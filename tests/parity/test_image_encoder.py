@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from magref_jax.config import ImageEncoderConfig
-from magref_jax.convert.image_encoder import image_encoder_rules
-from magref_jax.convert.rules import convert, torch_shapes
+from magref_jax.convert.image_encoder import image_encoder_rules, image_encoder_unused
+from magref_jax.convert.rules import convert, to_torch, torch_shapes
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
 from tests.parity.torch_random import random_tensors
 
@@ -134,6 +134,16 @@ def test_table_names_the_original_tensors(abstract_params):
     last = f"visual.transformer.{CONFIG.num_layers - 1}."
     dropped = {name for name in original if name not in kept}
     assert dropped == {name for name in original if name.startswith((last, "visual.post_norm.", "visual.head"))}
+
+
+def test_table_renames_as_this_file(abstract_params, tensors):
+    params = convert(image_encoder_rules(CONFIG), tensors, abstract_params)
+    hf = to_torch(image_encoder_rules(CONFIG, "hf"), params)
+    theirs = hf_state(tensors)
+    assert hf.keys() | image_encoder_unused(CONFIG, "hf").keys() == theirs.keys()
+    for name, tensor in hf.items():
+        np.testing.assert_array_equal(tensor, theirs[name].numpy(), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, convert(image_encoder_rules(CONFIG, "hf"), hf, abstract_params), params)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(480, 832, 224), (48, 72, 48), (13, 97, 48), (31, 5, 48)])

@@ -11,7 +11,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from magref_jax.config import TextEncoderConfig
 from magref_jax.convert.rules import convert, to_torch, torch_shapes
-from magref_jax.convert.text_encoder import TEXT_ENCODER_RULES
+from magref_jax.convert.text_encoder import text_encoder_rules
 from magref_jax.models.text_encoder import TextEncoder
 from tests.parity.torch_random import random_tensors
 
@@ -52,7 +52,7 @@ def abstract_params():
 
 @pytest.fixture(scope="module")
 def tensors(abstract_params):
-    tensors = random_tensors(torch_shapes(TEXT_ENCODER_RULES, abstract_params))
+    tensors = random_tensors(torch_shapes(text_encoder_rules(CONFIG), abstract_params))
     # Biases nearly as large as the logits: at a smaller size a wrong bucket would hide behind the content.
     return {name: tensor * (2.0 if "pos_embedding" in name else 1.0) for name, tensor in tensors.items()}
 
@@ -81,7 +81,7 @@ def reference(tensors):
 def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference, close):
     token_ids = np.random.default_rng(1).integers(2, CONFIG.vocab_size, (len(REAL_LENGTHS), LENGTH), dtype=np.int32)
     mask = (np.arange(LENGTH) < np.array(REAL_LENGTHS)[:, None]).astype(np.int32)
-    params = convert(TEXT_ENCODER_RULES, tensors, abstract_params)
+    params = convert(text_encoder_rules(CONFIG), tensors, abstract_params)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(TextEncoder(CONFIG).apply)({"params": params}, token_ids, mask))
     with torch.no_grad():
@@ -92,8 +92,16 @@ def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference,
     close("umT5 encoder", ours[real], theirs[real], 2e-5)
 
 
+def test_table_renames_as_this_file(abstract_params, tensors):
+    params = convert(text_encoder_rules(CONFIG), tensors, abstract_params)
+    hf = to_torch(text_encoder_rules(CONFIG, "hf"), params)
+    assert hf.keys() == {hf_name(name) for name in tensors}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(hf[hf_name(name)], tensor, err_msg=name)
+
+
 def test_table_is_invertible(abstract_params, tensors):
-    back = to_torch(TEXT_ENCODER_RULES, convert(TEXT_ENCODER_RULES, tensors, abstract_params))
+    back = to_torch(text_encoder_rules(CONFIG), convert(text_encoder_rules(CONFIG), tensors, abstract_params))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)

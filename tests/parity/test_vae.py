@@ -173,6 +173,14 @@ def test_renaming_of_this_file_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_table_renames_as_this_file(config):
+    hf = to_torch(vae_rules(config, "hf"), params(config))
+    assert hf.keys() == {diffusers_name(config, name) for name in tensors(config)}
+    for name, tensor in tensors(config).items():
+        np.testing.assert_array_equal(hf[diffusers_name(config, name)], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_table_is_invertible(config):
     back = to_torch(vae_rules(config), params(config))
     assert back.keys() == tensors(config).keys()

@@ -1,4 +1,5 @@
-import dataclasses
+"""The mechanism of conversion, on a table made for the test."""
+
 from typing import Any
 
 import jax
@@ -7,8 +8,6 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from magref_jax.config import DiTConfig
-from magref_jax.convert.dit import DIT_RULES
 from magref_jax.convert.rules import (
     CONV2D,
     CONV3D,
@@ -23,7 +22,6 @@ from magref_jax.convert.rules import (
     to_torch,
     torch_shapes,
 )
-from magref_jax.models.dit import DiT
 from tests.parity.torch_random import random_tensors
 
 RULES = (
@@ -145,67 +143,3 @@ def test_rules_and_parameters_must_cover_each_other():
         convert(RULES, random_tensors(SHAPES), extra)
     with pytest.raises(ValueError, match="No parameter is named 'head/bias'"):
         convert((*RULES, Rule("head.bias", "head/bias")), random_tensors(SHAPES), abstract(FLAX_SHAPES))
-
-
-def wan_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released checkpoints, written down from their index files."""
-    dim, ffn_dim = config.dim, config.ffn_dim
-    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (dim, config.in_channels, 1, 2, 2)}
-    shapes |= {"patch_embedding.bias": (dim,), "head.modulation": (1, 2, dim)}
-    linears = {"text_embedding.0": (dim, 4096), "text_embedding.2": (dim, dim), "head.head": (64, dim)}
-    linears |= {"time_embedding.0": (dim, 256), "time_embedding.2": (dim, dim), "time_projection.1": (6 * dim, dim)}
-    image = [] if config.image_dim is None else ["k_img", "v_img"]
-    if image:
-        linears |= {"img_emb.proj.1": (1280, 1280), "img_emb.proj.3": (dim, 1280)}
-        shapes |= {f"img_emb.proj.0.{kind}": (1280,) for kind in ("weight", "bias")}
-        shapes |= {f"img_emb.proj.4.{kind}": (dim,) for kind in ("weight", "bias")}
-    for layer in range(config.num_layers):
-        block = f"blocks.{layer}."
-        shapes |= {block + "modulation": (1, 6, dim), block + "norm3.weight": (dim,), block + "norm3.bias": (dim,)}
-        linears |= {f"{block}self_attn.{name}": (dim, dim) for name in "qkvo"}
-        linears |= {f"{block}cross_attn.{name}": (dim, dim) for name in ["q", "k", "v", "o", *image]}
-        linears |= {block + "ffn.0": (ffn_dim, dim), block + "ffn.2": (dim, ffn_dim)}
-        shapes |= {f"{block}{attn}.norm_{name}.weight": (dim,) for attn in ("self_attn", "cross_attn") for name in "qk"}
-        shapes |= {f"{block}cross_attn.norm_k_img.weight": (dim,) for _ in image[:1]}
-    shapes |= {f"{name}.weight": shape for name, shape in linears.items()}
-    shapes |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-    return shapes
-
-
-def abstract_dit(config: DiTConfig) -> Any:
-    shapes = [(1, 1, 2, 2, config.in_channels), (1,), (1, config.text_len, config.text_dim), (1, 1, config.image_dim)]
-    inputs = [None if None in shape else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.eval_shape(DiT(config).init, jax.random.key(0), *inputs)["params"]
-
-
-T2V = DiTConfig(in_channels=16, image_dim=None)
-
-
-@pytest.mark.parametrize(
-    ("config", "count"),
-    [
-        (DiTConfig(), 1303),
-        (T2V, 1095),
-        (dataclasses.replace(T2V, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30), 825),
-    ],
-    ids=["magref_14b", "wan_t2v_14b", "wan_t2v_1_3b"],
-)
-def test_dit_table_names_the_released_checkpoints_and_every_parameter(config: DiTConfig, count: int):
-    shapes = torch_shapes(DIT_RULES(config), abstract_dit(config))
-    assert shapes == wan_shapes(config)
-    assert len(shapes) == count
-
-
-def test_dit_table_gives_back_every_bit():
-    config = DiTConfig(
-        dim=12, ffn_dim=16, num_heads=2, num_layers=2, in_channels=3, out_channels=2, text_dim=5, image_dim=7
-    )
-    abstract_params = abstract_dit(config)
-    rules = DIT_RULES(config)
-    tensors = random_tensors(torch_shapes(rules, abstract_params))
-
-    back = to_torch(rules, convert(rules, tensors, abstract_params))
-
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor)
