@@ -5,11 +5,13 @@ A model folder is what `sample.py` reads and what training and conversion write:
     config.json                                   ModelConfig
     dit/  vae/  text_encoder/  image_encoder/     parameters (orbax); a text-to-video model has no image_encoder
     tokenizer/                                    files for transformers.AutoTokenizer
-    MANIFEST.json                                 sha256 of every other file
+    MANIFEST.json                                 size and sha256 of every other file
 """
 
+import concurrent.futures
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from magref_jax.config import ModelConfig, load_model_config
 
@@ -41,6 +45,97 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
     (temporary / "commit_success.txt").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+class ParamsWriter:
+    """Writes one network's parameters piece by piece, for models that do not fit into memory.
+
+    Chunks in files of their own and no time stamps: the same values give the same bytes, in whatever order they come.
+    `restore_params` reads the folder like one that `save_params` wrote.
+    """
+
+    CHUNK_BYTES = 2**25  # at most; what a device reads of a parameter that is cut over many
+
+    def __init__(self, folder: pathlib.Path, abstract: Mapping[str, Any], stacked: Callable[[str], bool]) -> None:
+        """Args: the folder to appear when all is written; leaves by slash-separated path; which come layer by layer."""
+        self._folder = folder.absolute()
+        self._temporary = self._folder.with_name(f".{self._folder.name}.new")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._abstract = dict(abstract)
+        self._stores = {path: self._create(path, leaf, stacked(path)) for path, leaf in abstract.items()}
+
+    def _create(self, path: str, leaf: Any, stacked: bool) -> tensorstore.TensorStore:
+        dtype = np.dtype(leaf.dtype)
+        chunks = [1, *leaf.shape[1:]] if stacked else list(leaf.shape)
+        while math.prod(chunks) * dtype.itemsize > self.CHUNK_BYTES:
+            largest = int(np.argmax(chunks))
+            chunks[largest] = -(-chunks[largest] // 2)
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(self._temporary / path.replace("/", "."))},
+            "metadata": {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}},
+            "store_data_equal_to_fill_value": True,
+        }
+        return tensorstore.open(spec, create=True, dtype=tensorstore.dtype(dtype), shape=leaf.shape).result()
+
+    def write(self, path: str, array: np.ndarray, layer: int | None = None) -> None:
+        """Writes a parameter, or one layer of it, cast to its dtype."""
+        store = self._stores[path]
+        # Not through `astype` alone: it would keep a transposed memory order, which is slow to cut into chunks.
+        values = np.ascontiguousarray(array, np.dtype(self._abstract[path].dtype)).reshape(array.shape)
+        (store if layer is None else store[layer]).write(values).result()
+
+    def finish(self) -> None:
+        """Puts the folder in the place of whatever has its name."""
+        entries = {}
+        for path, leaf in self._abstract.items():
+            keys = path.split("/")
+            entries[str(tuple(keys))] = {
+                "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
+                "value_metadata": {
+                    "value_type": "jax.Array",
+                    "skip_deserialize": False,
+                    "write_shape": list(leaf.shape),
+                },
+            }
+        tree = {
+            "tree_metadata": entries,
+            "use_ocdbt": False,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._temporary / "_METADATA").write_text(json.dumps(tree), encoding="utf-8")
+        (self._temporary / "_CHECKPOINT_METADATA").write_text(
+            '{"metrics": {}, "performance_metrics": {}}', encoding="utf-8"
+        )
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.rename(self._folder)
+
+
+_DICT_KEY = 2  # how orbax's _METADATA says that a part of a path is the key of a dict
+
+
+def open_params(folder: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
+    """The parameters of a network by slash-separated path, unread; `[...].read().result()` reads them or a part."""
+    folder = folder.absolute()
+    if not (folder / "_METADATA").is_file():
+        raise FileNotFoundError(
+            f"{folder} does not exist or is unfinished; expected the parameters of a network there."
+        )
+    tree = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+    stores = {}
+    for entry in tree["tree_metadata"].values():
+        keys = [part["key"] for part in entry["key_metadata"]]
+        if tree["use_ocdbt"]:
+            base = {"driver": "file", "path": f"{folder}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
+        else:
+            kvstore = {"driver": "file", "path": f"{folder / '.'.join(keys)}/"}
+        spec = {"driver": "zarr3" if tree.get("use_zarr3") else "zarr", "kvstore": kvstore}
+        stores["/".join(keys)] = tensorstore.open(spec, open=True, read=True)
+    return {path: store.result() for path, store in stores.items()}
 
 
 def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
@@ -111,30 +206,43 @@ def restore_model(
 ) -> tuple[ModelConfig, dict[str, Params]]:
     """The config of a model folder and the parameters of the networks named in `abstract_params`.
 
+    Sizes are always compared with the manifest, contents unless `verify` is false.
+
     Raises:
         FileNotFoundError: the folder or a network is missing.
         ValueError: a file differs from the manifest, or parameters from the config.
     """
-    if verify:
-        verify_manifest(folder)
+    verify_manifest(folder, contents=verify)
     config = load_model_config(folder)
     return config, {name: restore_params(folder / name, tree) for name, tree in abstract_params.items()}
 
 
-def _digests(folder: pathlib.Path) -> dict[str, str]:
+def _entries(folder: pathlib.Path, contents: bool) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    entries: dict[str, dict[str, Any]] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files
+    }
+    if contents:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for entry, digest in zip(entries.values(), pool.map(file_digest, files), strict=True):
+                entry["sha256"] = digest
+    return entries
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: pathlib.Path) -> None:
-    (folder / MANIFEST).write_text(json.dumps(_digests(folder), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(_entries(folder, contents=True), indent=1) + "\n"
+    part = folder.with_name(f".{folder.name}.{MANIFEST}.new")
+    part.write_text(text, encoding="utf-8")
+    part.rename(folder / MANIFEST)
 
 
-def verify_manifest(folder: pathlib.Path) -> None:
+def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
     """Compares every file with the manifest. Orbax has no checksum of its own: a flipped bit would load in silence.
 
     Raises:
@@ -144,10 +252,18 @@ def verify_manifest(folder: pathlib.Path) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {MANIFEST}.")
-    expected, found = json.loads(path.read_text(encoding="utf-8")), _digests(folder)
+    try:
+        expected = {name: dict(entry) for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path} is damaged.") from None
+    found = _entries(folder, contents)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not in the manifest" for name in found if name not in expected]
-    problems += [f"{name} is damaged" for name in expected if name in found and found[name] != expected[name]]
+    for name in expected.keys() & found.keys():
+        if expected[name].get("bytes") != found[name]["bytes"]:
+            problems.append(f"{name} has {found[name]['bytes']} bytes, expected {expected[name].get('bytes')}")
+        elif contents and expected[name].get("sha256") != found[name]["sha256"]:
+            problems.append(f"{name} is damaged")
     if problems:
         raise ValueError(f"Model folder {folder} differs from its {MANIFEST}: {'; '.join(problems[:5])}.")
 

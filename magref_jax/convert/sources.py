@@ -1,0 +1,567 @@
+"""What lies in a path: which networks, under whose names, in which files, and the config that their shapes tell.
+
+Nothing is asked of the user: a folder of the official repository, a folder of diffusers, a folder of single files or one
+file are told apart by the names of the tensors in them.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from magref_jax.checkpoint import file_digest
+from magref_jax.config import ModelConfig, VAEConfig, from_dict
+from magref_jax.convert.rules import Layout
+from magref_jax.convert.tensor_files import StoredTensor, check_pth, read_pth, read_safetensors
+
+
+class Tensor(Protocol):
+    """A tensor that can be read: one of a file, or one that is computed from several."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def read(self) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network as it lies there. Names are those of its layout, without prefixes; 8-bit floats come with their scales."""
+
+    name: str  # as in checkpoint.NETWORKS
+    layout: Layout
+    files: tuple[pathlib.Path, ...]
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any]  # fields of its config dataclass that shapes and config.json tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    networks: dict[str, Network]
+    tokenizer: pathlib.Path | None
+    strangers: tuple[str, ...] = ()  # files that hold something else, and what
+
+
+# A name that a network has in one layout and nothing else has.
+SIGNATURES: tuple[tuple[str, Layout, str], ...] = (
+    ("dit", "wan", "blocks.0.self_attn.q.weight"),
+    ("dit", "hf", "blocks.0.attn1.to_q.weight"),
+    ("vae", "wan", "encoder.downsamples.0.residual.0.gamma"),
+    ("vae", "hf", "encoder.down_blocks.0.norm1.gamma"),
+    ("text_encoder", "wan", "blocks.0.attn.q.weight"),
+    ("text_encoder", "hf", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ("image_encoder", "wan", "visual.cls_embedding"),
+    ("image_encoder", "hf", "embeddings.class_embedding"),
+)
+# What single files put before every name.
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_model.", "module.")
+# Whose config.json is whose, by its `_class_name` or `architectures`.
+CONFIG_CLASSES = {
+    "WanModel": "dit",
+    "WanTransformer3DModel": "dit",
+    "AutoencoderKLWan": "vae",
+    "UMT5EncoderModel": "text_encoder",
+    "UMT5ForConditionalGeneration": "text_encoder",
+    "CLIPVisionModel": "image_encoder",
+    "CLIPVisionModelWithProjection": "image_encoder",
+}
+TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl")
+LORA = re.compile(r".*(lora_(up|down|A|B)\b|\.diff(_b|_m)?$|hada_|lokr_).*")
+
+
+def read_source(path: pathlib.Path, only: Collection[str] = ()) -> Source:
+    """Looks at a file, or a folder and the folders in it, reading headers only.
+
+    Raises:
+        FileNotFoundError: the path, or a file that an index names, is not there.
+        ValueError: a damaged file, no network or one of them twice, or one of `only` is not there.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"SOURCE {path} does not exist.")
+    networks: dict[str, Network] = {}
+    strangers = []
+    for files, index in _units(path):
+        tensors = _read_unit(files, index)
+        try:
+            name, layout, prefix = _recognise(tensors)
+        except ValueError as error:
+            strangers.append(f"{files[0]}: {error}")
+            continue
+        if only and name not in only:
+            continue
+        if name in networks:
+            raise ValueError(
+                f"SOURCE {path} holds {name} twice, in {networks[name].files[0]} and in {files[0]}; "
+                "give one of them alone, or leave it out with --only."
+            )
+        stripped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        if len(stripped) != len(tensors):
+            raise ValueError(f"{files[0]} has names both with and without the prefix {prefix!r}.")
+        resolved = dequantised(_tie(name, stripped))
+        fields = CONFIGS[name](_Shapes(layout, resolved, files[0]), _config_json(files[0].parent, name))
+        networks[name] = Network(name, layout, files, resolved, fields)
+    if not networks and strangers:
+        raise ValueError(f"SOURCE {path} holds no network that is known here. {strangers[0]}")
+    if missing := [name for name in only if name not in networks]:
+        raise ValueError(
+            f"--only {','.join(missing)}: not in SOURCE {path}, which has {', '.join(networks) or 'none'}."
+        )
+    if not networks:
+        raise ValueError(f"SOURCE {path} holds no .safetensors or .pth file.")
+    return Source(networks, _find_tokenizer(path), tuple(strangers))
+
+
+def _units(path: pathlib.Path) -> Iterator[tuple[tuple[pathlib.Path, ...], pathlib.Path | None]]:
+    """The files that make one network together, and the index that says so."""
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            yield _shards(path), path
+        elif path.suffix in (".safetensors", ".pth"):
+            yield (path,), None
+        else:
+            raise ValueError(f"SOURCE {path} must be a folder, a .safetensors file or a .pth file.")
+        return
+    folders = [path, *sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))]
+    for folder in folders:
+        shards = {index: _shards(index) for index in sorted(folder.glob("*.safetensors.index.json"))}
+        taken = {file for files in shards.values() for file in files}
+        single = []
+        for file in sorted(folder.iterdir()):
+            if file in taken or not file.is_file() or file.name.startswith("."):
+                continue
+            if part := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", file.name):
+                raise FileNotFoundError(
+                    f"{file} is one of {int(part[2])} files, but {folder / part[1]}.safetensors.index.json, "
+                    "which says what is in which, is missing or does not name it."
+                )
+            if file.suffix in (".safetensors", ".pth"):
+                single.append(file)
+        yield from ((files, index) for index, files in shards.items())
+        yield from (((file,), None) for file in single)
+
+
+def _shards(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    names = sorted(set(_read_index(index).values()))
+    if any(pathlib.PurePath(name).name != name for name in names):
+        raise ValueError(f"{index} names files outside its folder.")
+    files = tuple(index.parent / name for name in names)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{index} names {', '.join(missing)}, which is missing.")
+    return files
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} is damaged: it has no weight_map from names to files.")
+    return weight_map
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object.")
+    return content
+
+
+def _read_unit(files: tuple[pathlib.Path, ...], index: pathlib.Path | None) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in (read_pth if file.suffix == ".pth" else read_safetensors)(file).items():
+            if name in tensors:
+                raise ValueError(f"{name!r} is in {tensors[name].file} and in {file}.")
+            tensors[name] = tensor
+    if index is not None:
+        promised = _read_index(index)
+        for name, file in promised.items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise ValueError(f"{index} says that {name!r} is in {file}; it is not.")
+        if extra := sorted(set(tensors) - set(promised)):
+            raise ValueError(f"{tensors[extra[0]].file} holds {extra[0]!r}, which {index} does not name.")
+    return tensors
+
+
+def _recognise(tensors: Mapping[str, StoredTensor]) -> tuple[str, Layout, str]:
+    for prefix in PREFIXES:
+        for name, layout, signature in SIGNATURES:
+            if prefix + signature in tensors:
+                return name, layout, prefix
+    if any(LORA.fullmatch(name) for name in tensors):
+        raise ValueError(
+            "it is a LoRA: use it with `sample.py --lora`, or rename its tensors for other programs with --to."
+        )
+    examples = ", ".join(map(repr, list(tensors)[:3]))
+    raise ValueError(f"None of its names is known, such as {examples or 'none at all'}.")
+
+
+def _tie(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """In the layout of transformers, umT5's token embedding has one or both of two names."""
+    shared, tied = "shared.weight", "encoder.embed_tokens.weight"
+    if name != "text_encoder" or tied not in tensors:
+        return tensors
+    if shared not in tensors:
+        return {shared if key == tied else key: tensor for key, tensor in tensors.items()}
+    if tensors[shared].shape != tensors[tied].shape:
+        raise ValueError(
+            f"{shared!r} has shape {tensors[shared].shape} and {tied!r} {tensors[tied].shape}; they are one."
+        )
+    return tensors
+
+
+# Quantised files
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledTensor:
+    """An 8-bit tensor and the float32 factors it is stored without: one, one per row, or one per block of a row."""
+
+    weight: StoredTensor
+    scale: StoredTensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes
+
+    def read(self) -> np.ndarray:
+        weight, scale = self.weight.read().astype(np.float32), self.scale.read().astype(np.float32)
+        if scale.size == 1:
+            return weight * scale.reshape(())
+        if scale.ndim == 3:  # (rows, blocks, 1)
+            return (weight.reshape(*scale.shape[:2], -1) * scale).reshape(weight.shape)
+        return weight * scale
+
+
+SCALES = (".scale_weight", ".weight_scale")
+# What quantised files hold beside weights: settings for running in 8 bits, which we do not; ComfyUI's own tokenizer.
+IGNORED = re.compile(r"scaled_fp8|.*\.(scale_input|input_scale|comfy_quant)")
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+
+
+def dequantised(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors with each 8-bit weight and its scale as one.
+
+    Raises:
+        ValueError: a scale without its weight or beside another one, of a shape that does not fit the weight, or a
+            format other than 8-bit floats.
+    """
+    scales: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".comfy_quant"):
+            try:
+                settings = json.loads(tensor.read().astype(np.uint8).tobytes().decode("utf-8"))["format"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"{tensor.file}: {name!r} is damaged.") from None
+            if settings not in FLOAT8:
+                raise ValueError(f"{tensor.file}: {name!r} says {settings!r}; known are {', '.join(FLOAT8)}.")
+        for suffix in SCALES:
+            if name.endswith(suffix):
+                weight = name.removesuffix(suffix) + ".weight"
+                if weight not in tensors:
+                    raise ValueError(f"{tensor.file}: {name!r} scales {weight!r}, which is missing.")
+                if weight in scales:
+                    raise ValueError(f"{tensor.file}: {name!r} and {scales[weight].name!r} both scale {weight!r}.")
+                if tensors[weight].dtype.kind in "iub":
+                    raise ValueError(
+                        f"{tensor.file}: {name!r} scales {weight!r} of dtype {tensors[weight].dtype}; "
+                        "of quantised weights only 8-bit floats are known."
+                    )
+                if not _scales(tensor.shape, tensors[weight].shape):
+                    raise ValueError(
+                        f"{tensor.file}: {name!r} has shape {tensor.shape}, which does not scale {weight!r} with shape "
+                        f"{tensors[weight].shape}."
+                    )
+                scales[weight] = tensor
+    return {
+        name: ScaledTensor(tensor, scales[name]) if name in scales else tensor
+        for name, tensor in tensors.items()
+        if not IGNORED.fullmatch(name) and not name.endswith(SCALES)
+    }
+
+
+def _scales(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    if math.prod(scale) == 1:
+        return True
+    if len(weight) != 2 or scale[0] != weight[0] or scale[-1] != 1:
+        return False
+    return len(scale) == 2 or (len(scale) == 3 and scale[1] > 0 and weight[1] % scale[1] == 0)
+
+
+# Configs
+
+
+class _Shapes:
+    """Shapes by the name of either layout."""
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], file: pathlib.Path) -> None:
+        self.layout, self.tensors, self.file = layout, tensors, file
+
+    def find(self, wan: str, hf: str) -> tuple[int, ...] | None:
+        tensor = self.tensors.get(wan if self.layout == "wan" else hf)
+        return None if tensor is None else tensor.shape
+
+    def __call__(self, wan: str, hf: str, ndim: int) -> tuple[int, ...]:
+        shape, name = self.find(wan, hf), wan if self.layout == "wan" else hf
+        if shape is None or len(shape) != ndim or 0 in shape:
+            found = "is missing" if shape is None else f"has shape {shape}"
+            raise ValueError(
+                f"{self.file}: {name!r} {found}; expected {ndim} dimensions, which tell the size of the network."
+            )
+        return shape
+
+    def num_layers(self, wan: str, hf: str) -> int:
+        pattern = re.compile(re.escape(wan if self.layout == "wan" else hf).replace("N", r"(\d{1,4})") + ".*")
+        return 1 + max((int(found[1]) for name in self.tensors if (found := pattern.fullmatch(name))), default=-1)
+
+    def check(self, extra: Mapping[str, Any], fields: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """The fields; what config.json says of them must be the same."""
+        for theirs, ours in names.items():
+            stated = extra.get(theirs)
+            stated = tuple(stated) if isinstance(stated, list) else stated
+            if stated is not None and stated != fields[ours]:
+                raise ValueError(
+                    f"{self.file.parent / 'config.json'} says {theirs}={stated}, but the tensors have {fields[ours]}."
+                )
+        return fields
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# What config.json says and shapes do not tell: nothing but this could find it wrong.
+TAKEN_OVER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("num_heads", "num_attention_heads", "text_len", "relative_attention_max_distance"),
+        (_is_count, "a whole number above 0"),
+    ),
+    **dict.fromkeys(
+        ("eps", "layer_norm_epsilon", "layer_norm_eps"),
+        (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        ("latents_mean", "latents_std"),
+        (lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of numbers"),
+    ),
+}
+
+
+def _config_json(folder: pathlib.Path, network: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    content = _read_json(path)
+    architectures = content.get("architectures")
+    classes = [content.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+    if network not in [CONFIG_CLASSES.get(name) for name in classes if isinstance(name, str)]:
+        return {}
+    fields = content.get("vision_config") or content
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged: vision_config is no JSON object.")
+    for name, (is_allowed, expected) in TAKEN_OVER.items():
+        if fields.get(name) is not None and not is_allowed(fields[name]):
+            raise ValueError(f"{path} says {name}={fields[name]!r}, expected {expected}.")
+    return fields
+
+
+def _dit(shapes: _Shapes, extra: Mapping[str, Any]) -> dict[str, Any]:
+    dim, in_channels, *patch_size = shapes("patch_embedding.weight", "patch_embedding.weight", 5)
+    embedder = "condition_embedder."
+    image = shapes.find("img_emb.proj.1.weight", f"{embedder}image_embedder.ff.net.0.proj.weight")
+    fields = {
+        "dim": dim,
+        "in_channels": in_channels,
+        "patch_size": tuple(patch_size),
+        "ffn_dim": shapes("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight", 2)[0],
+        "text_dim": shapes("text_embedding.0.weight", f"{embedder}text_embedder.linear_1.weight", 2)[1],
+        "freq_dim": shapes("time_embedding.0.weight", f"{embedder}time_embedder.linear_1.weight", 2)[1],
+        "out_channels": shapes("head.head.weight", "proj_out.weight", 2)[0] // math.prod(patch_size),
+        "num_layers": shapes.num_layers("blocks.N.", "blocks.N."),
+        "image_dim": image[-1] if image else None,
+        "num_heads": extra.get("num_heads") or extra.get("num_attention_heads") or max(1, dim // 128),
+        "text_len": extra.get("text_len") or 512,
+        "norm_eps": extra.get("eps") or 1e-6,
+    }
+    names = {"dim": "dim", "in_dim": "in_channels", "in_channels": "in_channels", "out_channels": "out_channels"}
+    names |= {name: name for name in ("ffn_dim", "num_layers", "freq_dim", "text_dim", "patch_size", "image_dim")}
+    names |= {"out_dim": "out_channels"}
+    return shapes.check(extra, fields, names)
+
+
+def _vae(shapes: _Shapes, extra: Mapping[str, Any]) -> dict[str, Any]:
+    base_dim = shapes("encoder.conv1.weight", "encoder.conv_in.weight", 5)[0]
+    widths, blocks, temporal = [0], [0], []
+    for index in range(len(shapes.tensors)):
+        wan, hf = f"encoder.downsamples.{index}.", f"encoder.down_blocks.{index}."
+        block = wan + "residual.2.weight", hf + "conv1.weight"
+        if shapes.find(*block) is not None:
+            widths[-1], blocks[-1] = shapes(*block, 5)[0], blocks[-1] + 1
+        elif shapes.find(wan + "resample.1.weight", hf + "resample.1.weight") is not None:
+            temporal.append(shapes.find(wan + "time_conv.weight", hf + "time_conv.weight") is not None)
+            widths.append(0)
+            blocks.append(0)
+        else:
+            break
+    if len(set(blocks)) != 1 or any(width % base_dim or not width for width in widths):
+        raise ValueError(f"{shapes.file}: stages of widths {widths} and {blocks} residual blocks are no Wan VAE.")
+    latent_channels = shapes("decoder.conv1.weight", "decoder.conv_in.weight", 5)[1]
+    fields = {
+        "base_dim": base_dim,
+        "dim_multipliers": tuple(width // base_dim for width in widths),
+        "num_res_blocks": blocks[0],
+        "latent_channels": latent_channels,
+        "temporal_downsample": tuple(temporal),
+    }
+    mean, std = extra.get("latents_mean"), extra.get("latents_std")
+    if mean and std:
+        fields |= {"latent_mean": tuple(mean), "latent_std": tuple(std)}
+    elif latent_channels != VAEConfig.latent_channels:
+        # Wan's own statistics cannot be these; 0 and 1 leave the latents as they are until --set says better.
+        fields |= {"latent_mean": (0.0,) * latent_channels, "latent_std": (1.0,) * latent_channels}
+    names = {"base_dim": "base_dim", "z_dim": "latent_channels", "dim_mult": "dim_multipliers"}
+    names |= {"num_res_blocks": "num_res_blocks", "temperal_downsample": "temporal_downsample"}
+    return shapes.check(extra, fields, names)
+
+
+def _text_encoder(shapes: _Shapes, extra: Mapping[str, Any]) -> dict[str, Any]:
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    vocab_size, dim = shapes("token_embedding.weight", "shared.weight", 2)
+    num_buckets, num_heads = shapes(
+        "blocks.0.pos_embedding.embedding.weight", attention + "relative_attention_bias.weight", 2
+    )
+    inner = shapes("blocks.0.attn.q.weight", attention + "q.weight", 2)[0]
+    if inner % num_heads:
+        raise ValueError(f"{shapes.file}: {inner} query channels do not split into {num_heads} heads.")
+    fields = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "ffn_dim": shapes("blocks.0.ffn.fc1.weight", "encoder.block.0.layer.1.DenseReluDense.wi_1.weight", 2)[0],
+        "num_heads": num_heads,
+        "head_dim": inner // num_heads,
+        "num_buckets": num_buckets,
+        "num_layers": shapes.num_layers("blocks.N.", "encoder.block.N."),
+        "max_distance": extra.get("relative_attention_max_distance") or 128,
+        "norm_eps": extra.get("layer_norm_epsilon") or 1e-6,
+    }
+    names = {"vocab_size": "vocab_size", "d_model": "dim", "d_ff": "ffn_dim", "d_kv": "head_dim"}
+    return shapes.check(extra, fields, names | {"num_heads": "num_heads", "num_layers": "num_layers"})
+
+
+def _image_encoder(shapes: _Shapes, extra: Mapping[str, Any]) -> dict[str, Any]:
+    dim, _, patch_size, _ = shapes("visual.patch_embedding.weight", "embeddings.patch_embedding.weight", 4)
+    positions = shapes.find("visual.pos_embedding", "embeddings.position_embedding.weight") or ()
+    count = positions[-2] if len(positions) > 1 else 0
+    side = math.isqrt(max(0, count - 1))
+    if side == 0 or side * side + 1 != count:
+        raise ValueError(
+            f"{shapes.file}: position embeddings of shape {positions} are no class token and a square of patches."
+        )
+    fields = {
+        "dim": dim,
+        "ffn_dim": shapes("visual.transformer.0.mlp.0.weight", "encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "num_layers": shapes.num_layers("visual.transformer.N.", "encoder.layers.N."),
+        "patch_size": patch_size,
+        "image_size": side * patch_size,
+        # Shapes do not tell; heads of ViT-H are 80 wide.
+        "num_heads": extra.get("num_attention_heads") or max(1, dim // 80),
+        "norm_eps": extra.get("layer_norm_eps") or 1e-5,
+    }
+    names = {"hidden_size": "dim", "intermediate_size": "ffn_dim", "num_hidden_layers": "num_layers"}
+    return shapes.check(extra, fields, names | {"patch_size": "patch_size", "image_size": "image_size"})
+
+
+CONFIGS: dict[str, Callable[[_Shapes, Mapping[str, Any]], dict[str, Any]]] = {
+    "dit": _dit,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+    "image_encoder": _image_encoder,
+}
+
+
+def model_config(source: Source, settings: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The config of the model folder. Networks that are not in the source get the sizes of the release.
+
+    `settings` are fields by dotted path, such as {"image_encoder.num_heads": 16}; they win over what shapes tell.
+
+    Raises:
+        ValueError: a setting that does not exist, or sizes that do not fit together.
+    """
+    values: dict[str, Any] = {name: dict(network.config) for name, network in source.networks.items()}
+    dit = values.get("dit", {})
+    if dit and dit["image_dim"] is None:
+        # Text-to-video: no CLIP, and no canvas to cut from the start of the video.
+        values["drop_frames"] = 0
+        if "image_encoder" not in values:
+            values["image_encoder"] = None
+    for path, value in (settings or {}).items():
+        *parents, field = path.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {path}: {parent} has no fields here.")
+        place[field] = value
+    try:
+        return from_dict(ModelConfig, values, "config")
+    except TypeError as error:
+        raise ValueError(f"--set: {error}.") from None
+
+
+def _find_tokenizer(path: pathlib.Path) -> pathlib.Path | None:
+    folder = path if path.is_dir() else path.parent
+    for name in TOKENIZER_FOLDERS:
+        if any((folder / name / file).is_file() for file in ("tokenizer.json", "spiece.model")):
+            return folder / name
+    return None
+
+
+# Damage
+
+
+def known_digest(file: pathlib.Path) -> str | None:
+    """The sha256 that a download from the hub left beside a file or in the name of the file it links to."""
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    lines = note.read_text(encoding="utf-8", errors="replace").splitlines() if note.is_file() else []
+    for candidate in (lines[1] if len(lines) > 1 else "", file.resolve().name):
+        if re.fullmatch(r"[0-9a-f]{64}", candidate.strip()):
+            return candidate.strip()
+    return None
+
+
+def check_file(file: pathlib.Path) -> str | None:
+    """Looks for damage inside the tensors; a warning when there is nothing to compare with.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if file.suffix == ".pth":
+        check_pth(file)
+        return None
+    digest = known_digest(file)
+    if digest is None:
+        return f"{file.name} comes without a digest: damage inside its tensors would not be seen."
+    if (found := file_digest(file)) != digest:
+        raise ValueError(f"{file} is damaged: its sha256 is {found}, expected {digest}.")
+    return None

@@ -1,0 +1,297 @@
+"""Files of named tensors: safetensors in and out, torch's `.pth` in. Headers first, then one tensor at a time.
+
+A checkpoint of 65 GB passes through a machine of 16 GB because nothing here maps or reads a whole file. That is why the
+safetensors format is read here and not by its library, which maps the file, cannot hand 8-bit floats to NumPy and in release
+0.8 writes the memory of a transposed array instead of its values.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file."""
+
+    name: str
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    strides: tuple[int, ...] | None = None  # elements; None: row-major
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The values, row-major.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        span = math.prod(self.shape)
+        if self.strides is not None:
+            last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+            span = 0 if 0 in self.shape else 1 + last
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            content = np.fromfile(file, np.uint8, span * self.dtype.itemsize)
+        if len(content) != span * self.dtype.itemsize:
+            raise ValueError(f"{self.file} ends inside {self.name!r}: the file is cut off.")
+        values = content.view(self.dtype)
+        if self.strides is None:
+            return values.reshape(self.shape)
+        steps = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(values, self.shape, steps).copy()
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name and still unread.
+
+    Raises:
+        ValueError: no safetensors file, or a damaged one.
+    """
+    return _parse_header(path)[0]
+
+
+def safetensors_metadata(path: pathlib.Path) -> dict[str, str]:
+    """The texts that a file carries beside its tensors."""
+    return _parse_header(path)[1]
+
+
+def _parse_header(path: pathlib.Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(
+                f"{path} is no safetensors file, or it is cut off: {size} bytes, of which its header claims {length}."
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ does not map names to texts")
+        tensors = {name: _parse_entry(path, name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+            if tensor.offset != end:
+                raise ValueError(f"{tensor.name!r} begins at byte {tensor.offset}, expected {end}")
+            end += tensor.num_bytes
+    except (ValueError, RecursionError) as error:  # also JSON and UTF-8 errors
+        raise ValueError(f"The header of {path} is damaged: {error}.") from None
+    if end != size:
+        problem = "is cut off" if size < end else "has bytes that belong to no tensor"
+        raise ValueError(f"{path} {problem}: its header describes {end} bytes, the file has {size}.")
+    return tensors, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
+
+
+def _parse_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> StoredTensor:
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name!r} has dtype {entry['dtype']!r}; known are {', '.join(_DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not all(map(is_count, shape)):
+        raise ValueError(f"{name!r} has shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+        raise ValueError(f"{name!r} has data_offsets {offsets!r}")
+    tensor = StoredTensor(name, path, _DTYPES[entry["dtype"]], tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != tensor.num_bytes:
+        raise ValueError(
+            f"{name!r} has {offsets[1] - offsets[0]} bytes, expected {tensor.num_bytes} for {entry['dtype']} {shape}"
+        )
+    return tensor
+
+
+def write_safetensors(
+    path: pathlib.Path,
+    specs: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors as `read` gives them, one at a time, in C order whatever their strides; appears when complete.
+
+    Raises:
+        ValueError: a tensor is not of the dtype or shape that `specs` says, or of a dtype that the format has not.
+    """
+    # Wider elements first, so that every tensor starts at a multiple of its element size.
+    names = sorted(specs, key=lambda name: -np.dtype(specs[name][0]).itemsize)
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        dtype, shape = np.dtype(specs[name][0]), [int(size) for size in specs[name][1]]
+        if dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{name!r} has dtype {dtype}, which safetensors has no name for.")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = np.asarray(read(name))
+            dtype, shape = np.dtype(specs[name][0]), tuple(specs[name][1])
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name!r} is {array.dtype} {array.shape}, expected {dtype} {shape}.")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`, which takes its place if all goes well and is removed if not."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a torch checkpoint, by name and still unread. The only place that opens a pickle.
+
+    Raises:
+        ImportError: torch is missing, or of a release whose restricted unpickler can be broken out of.
+        ValueError: no zip archive of torch, a damaged one, or one that holds anything but named tensors.
+    """
+    torch = _import_torch(path)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        records = _read_records(path)
+    except Exception as error:  # what zipfile runs into in a damaged archive is of many types
+        raise ValueError(
+            f"{path} is no checkpoint that torch.save wrote as a zip archive, or it is cut off or damaged: {error}."
+        ) from None
+    try:
+        # Fake tensors have no values, but know where in the file theirs are.
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # and so is what the unpickler refuses with
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} holds something other than tensors, or is damaged, and was not loaded: {reason}"
+        ) from None
+    if isinstance(content, dict) and len(content) == 1 and isinstance(next(iter(content.values())), dict):
+        (content,) = content.values()  # such as {"state_dict": {...}}
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected tensors by name.")
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is a {type(name).__name__}; expected the name of a tensor.")
+        if not torch.is_tensor(value):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}; expected a tensor.")
+        # A negated view has its sign in a flag, not in the file.
+        storage = value.untyped_storage() if value.layout == torch.strided and not value.is_neg() else None
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if storage is None or offset is None:
+            raise ValueError(f"{path}: {name!r} is sparse, negated or without values; expected a plain tensor.")
+        # Fake storage grows to whatever the pickle asks for; real storage would have been refused.
+        if records.get(offset) != storage.nbytes():
+            raise ValueError(
+                f"{path}: {name!r} takes {storage.nbytes()} bytes, but its record has {records.get(offset, 0)}."
+            )
+        dtype = _TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise ValueError(f"{path}: {name!r} has dtype {value.dtype}; known are {', '.join(_TORCH_DTYPES)}.")
+        shape, strides = tuple(value.shape), tuple(value.stride())
+        offset += value.storage_offset() * dtype.itemsize
+        tensors[name] = StoredTensor(name, path, dtype, shape, offset, None if value.is_contiguous() else strides)
+    return tensors
+
+
+_TORCH_DTYPES = {dtype.name: dtype for dtype in _DTYPES.values()}
+
+
+def _read_records(path: pathlib.Path) -> dict[int, int]:
+    """Bytes of every record of the archive, by where they begin; all but those of tensors agree with their checksums.
+
+    Raises:
+        ValueError: records that cannot be read from where they lie, as values of this machine.
+    """
+    sizes = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"record {record.filename!r} is compressed")
+            if "/data/" not in record.filename:
+                content = archive.read(record)
+                if record.filename.endswith("/byteorder") and content != b"little":
+                    raise ValueError(f"its byte order is {content!r}, expected b'little'")
+            file.seek(record.header_offset + 26)
+            sizes[record.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))] = record.file_size
+    return sizes
+
+
+def _import_torch(path: pathlib.Path) -> Any:
+    needed = "pip install 'magref-jax[convert]'"
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{path} is a torch checkpoint; reading it needs torch: {needed}.") from None
+    # CVE-2025-32434 and CVE-2026-24747: older unpicklers run code or corrupt memory in spite of weights_only.
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+        raise ImportError(f"{path}: torch {torch.__version__} cannot load it safely; 2.10 or newer can: {needed}.")
+    return torch
+
+
+def check_pth(path: pathlib.Path) -> None:
+    """Compares every record with the checksum of its archive, which torch itself does not.
+
+    Raises:
+        ValueError: names the first damaged record.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # see read_pth
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: its record {damaged!r} does not match its checksum.")
