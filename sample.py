@@ -24,6 +24,7 @@ import magref_jax
 from magref_jax import pipeline, sharding
 from magref_jax.conditioning.canvas import draw_regions
 from magref_jax.config import ModelConfig, load_model_config
+from magref_jax.convert.lora import Lora, read_lora, split_strength
 from magref_jax.prompts import Checks, Line, check_keys, read_prompt_file, read_references, safe_key
 from magref_jax.video import SheetRow, contact_sheet, write_video
 
@@ -53,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", metavar="WxH", help="pixels")
     p.add_argument("--layout", help="of the canvas: v1 or v2; v2:input or v2:2,0,1 pins the order of the references")
     p.add_argument("--mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
+    p.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="added to the transformer; repeat"
+    )
     p.add_argument("--no_metadata", action="store_true", help="do not store prompt and settings in the mp4")
     return p
 
@@ -79,6 +83,17 @@ def read_overrides(arguments: argparse.Namespace, config: ModelConfig, checks: C
             checks.attempt(f"{flag} {getattr(arguments, flag[2:])}", pipeline.with_sampling, config, **given)
             overrides |= given
     return overrides
+
+
+def read_loras(arguments: argparse.Namespace, config: ModelConfig, checks: Checks) -> list[tuple[Lora, float]]:
+    loras = []
+    abstract = pipeline.abstract_params(config)["dit"] if arguments.lora else None
+    for text in arguments.lora:
+        path, strength = checks.attempt("--lora", split_strength, text) or (None, 0.0)
+        lora = None if path is None else checks.attempt("--lora", read_lora, path, config.dit, abstract)
+        if lora is not None:
+            loras.append((lora, strength))
+    return loras
 
 
 def read_lines(arguments: argparse.Namespace, checks: Checks) -> list[Line]:
@@ -119,6 +134,7 @@ def write_outputs(
     config: ModelConfig,
 ) -> SheetRow:
     metadata = {"prompt": line.prompt, "references": line.references, "seed": arguments.seed, "key": line.key}
+    metadata |= {"loras": arguments.lora} if arguments.lora else {}
     metadata |= dataclasses.asdict(config.sampling) | {"model": arguments.model.name}
     path = arguments.out / f"{line.key}.mp4"
     write_video(path, video.frames, config.fps, None if arguments.no_metadata else metadata)
@@ -142,6 +158,7 @@ def what_next(line: Line, arguments: argparse.Namespace) -> str:
     else:
         references = [word for reference in line.references for word in ("--ref", reference)]
         words = ["--prompt", line.prompt, *references, "--seed", str(arguments.seed + 1)]
+    words += [word for lora in arguments.lora for word in ("--lora", lora)]
     if arguments.model != BUNDLED / "emoji":
         words = ["--model", str(arguments.model), *words]
     return shlex.join(["python", "sample.py", *words])
@@ -153,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     config = checks.attempt(f"--model {arguments.model}", load_model_config, arguments.model)
     tokenizer = config and checks.attempt(f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model)
     overrides = {} if config is None else read_overrides(arguments, config, checks)
+    loras = [] if config is None else read_loras(arguments, config, checks)
     mesh = arguments.mesh and checks.attempt(f"--mesh {arguments.mesh}", sharding.make_mesh, arguments.mesh)
     if arguments.out.exists() and not arguments.out.is_dir():
         checks.problems.append(f"--out {arguments.out}: is a file; it must be a folder.")
@@ -171,8 +189,10 @@ def main(argv: list[str] | None = None) -> None:
     if config is None or checks.problems:
         checks.stop()
 
+    for lora, _ in loras:
+        print(lora.report)
     try:
-        model = pipeline.load(arguments.model, mesh=mesh)
+        model = pipeline.load(arguments.model, mesh=mesh, loras=loras)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: --model {arguments.model}: {error}")
 
@@ -189,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         for start in starts:
             batch = requests[start : start + batch_size]
             bar.set_description(", ".join(request.key for request in batch)[:40])
-            videos = pipeline.generate(model, batch, mesh=mesh, on_step=on_step, **overrides)
+            videos = pipeline.generate(model, batch, on_step=on_step, **overrides)
             jax.effects_barrier()
             for line, request, video in zip(lines[start:], batch, videos, strict=False):
                 rows.append(write_outputs(line, request, video, arguments, config))

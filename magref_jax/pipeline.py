@@ -1,9 +1,12 @@
 """The Python door: a loaded model and what it can do.
 
-    model = load("magref_jax/bundled/emoji")
-    videos = generate(model, [Request("the red apple slides right over a meadow", images=[image], subjects=["red apple"])])
+    pipe = load("magref_jax/bundled/emoji")
+    result = pipe.generate(["the red apple slides right over a meadow"], [[image]], subjects=[["red apple"]], seed=1)
+    result.frames  # uint8 [B F H W 3]
 
 `sample.py` is the command line of this module.
+
+B batch · F H W frames, height, width of a video · f h w of its latents, C their channels · N solver steps
 """
 
 import dataclasses
@@ -11,7 +14,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 from PIL import Image
 
 from magref_jax.checkpoint import Params, restore_model
@@ -37,6 +40,7 @@ from magref_jax.conditioning.inputs import Conditioning, concatenate_channels
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import ImageEncoderConfig, ModelConfig, load_model_config
+from magref_jax.convert.lora import Lora, apply_loras, read_lora
 from magref_jax.diffusion.flow import make_schedule
 from magref_jax.diffusion.sampling import VelocityFn, denoise, guidance_branches
 from magref_jax.models import vae
@@ -141,23 +145,135 @@ def velocity_fn(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model folder in memory."""
+    """A model folder in memory; see `load`."""
 
     config: ModelConfig
     params: dict[str, Params]
     tokenizer: Any
+    mesh: Mesh | None = None  # where to compute; the first device if not given
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        negative_prompt: str | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        solver: str | None = None,
+        layout: str | None = None,
+        layout_order: Sequence[Sequence[int] | None] | None = None,
+        seed: int = 3407,
+        initial_noise: Float[np.ndarray, "B f h w C"] | None = None,
+        *,
+        mask_mode: str | None = None,
+        subjects: Sequence[Sequence[Subject | str | None]] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        return_trajectory: bool = False,
+    ) -> "Result":
+        """The videos of B prompts with their references, as one batch.
+
+        What is None is as the model folder's `SamplingConfig` says. For the released weights: 81 frames, 480 x 832 pixels,
+        40 steps of "unipc", guidance 5, shift 3, layout "v2", mask mode "region", Wan's negative prompt.
+
+        Args:
+            prompts: One per video. Their number is part of the compiled shape.
+            references: The images of each video; an empty list for none.
+            negative_prompt: What guidance leads away from.
+            num_frames: Of the whole clip; the first `drop_frames` show the canvas and are not in the result.
+            height: In pixels.
+            width: In pixels.
+            num_inference_steps: Solver steps.
+            guidance_scale: 1 is without guidance, at half the work.
+            flow_shift: Above 1, more steps are spent near noise.
+            solver: "unipc", "dpm++" or "euler".
+            layout: Of the canvas, "v1" or "v2".
+            layout_order: `layout_order[b][k]` is the index in `canvas.layout_cells` of the block that reference k of
+                video b goes into. None draws the order from the seed.
+            seed: Video b is a function of the seed and b, whatever else is in the batch.
+            initial_noise: In place of noise drawn from the seed.
+            mask_mode: "region" marks the references in the DiT's mask, "full" the whole first frame.
+            subjects: `subjects[b][k]` are the words of reference k in prompt b, or None.
+            on_step: Called with the index of each finished solver step. Another function means another compilation.
+            return_trajectory: Also return the latents after every step; a compilation of its own.
+
+        Raises:
+            ValueError: an option or a case that this model cannot take, or lists of different lengths.
+        """
+        given = {"references": references, "layout_order": layout_order, "subjects": subjects}
+        for name, values in given.items():
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts; give one each.")
+        requests = [
+            Request(
+                prompt,
+                images=references[index],
+                subjects=() if subjects is None else subjects[index],
+                seed=seed,
+                order=None if layout_order is None else _order(layout_order[index], len(references[index])),
+                key=str(index),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        sampling = {
+            "negative_prompt": negative_prompt,
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "flow_shift": flow_shift,
+            "solver": solver,
+            "layout": layout,
+            "mask_mode": mask_mode,
+        }
+        return generate(
+            self,
+            requests,
+            initial_noise=initial_noise,
+            on_step=on_step,
+            return_trajectory=return_trajectory,
+            **{name: value for name, value in sampling.items() if value is not None},
+        )
 
 
-def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, verify: bool = True) -> Model:
+def _order(blocks: Sequence[int] | None, num_references: int) -> tuple[int | None, ...] | None:
+    """From the block of each reference to the reference of each block, which `Request.order` is."""
+    if blocks is None:
+        return None
+    reference_of = {int(block): reference for reference, block in enumerate(blocks)}
+    if not len(reference_of) == len(blocks) == num_references or min(reference_of, default=0) < 0:
+        raise ValueError(
+            f"layout_order has {tuple(blocks)} for {num_references} references; must hold a block of its own for each."
+        )
+    return tuple(reference_of.get(block) for block in range(max(reference_of, default=-1) + 1))
+
+
+def load(
+    folder: str | pathlib.Path,
+    mesh: Mesh | None = None,
+    *,
+    verify: bool = True,
+    loras: Sequence[tuple[Lora | str | pathlib.Path, float]] = (),
+) -> Model:
     """Reads a model folder; parameters come in the dtype they are stored in, straight to the devices of `mesh`.
+
+    `loras` are files, or what `read_lora` made of them, with their strengths; they are merged into the transformer.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
-        ValueError: a file is damaged, or parameters do not fit the config.
+        ValueError: a file is damaged, or parameters or a LoRA do not fit the config.
     """
     folder = pathlib.Path(folder)
     config = load_model_config(folder)
     abstract = abstract_params(config)
+    found = [
+        (lora if isinstance(lora, Lora) else read_lora(lora, config.dit, abstract["dit"]), strength)
+        for lora, strength in loras
+    ]
     if mesh is not None:
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -171,7 +287,9 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, verify: bool =
             f"{config.text_encoder.vocab_size}."
         )
     config, params = restore_model(folder, abstract, verify=verify)
-    return Model(config, params, tokenizer)
+    if found:
+        params["dit"] = apply_loras(params["dit"], found, donate=True)
+    return Model(config, params, tokenizer, mesh)
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -205,6 +323,28 @@ class Video:
 
     frames: UInt8[np.ndarray, "F H W 3"]  # without the leading frames that show the canvas
     case: Case
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """The finished videos of one batch: as arrays, or one by one when iterated over."""
+
+    frames: UInt8[np.ndarray, "B F H W 3"]  # without the leading frames that show the canvas
+    latents: Float32[np.ndarray, "B f h w C"]  # normalised, of all frames: what the VAE decodes
+    cases: tuple[Case, ...]
+    trajectory: Float32[np.ndarray, "N B f h w C"] | None = None  # the latents after every step, if asked for
+
+    @property
+    def canvas(self) -> UInt8[np.ndarray, "B H W 3"]:
+        return np.stack([case.canvas.image for case in self.cases])
+
+    @property
+    def region_mask(self) -> Float32[np.ndarray, "B f h w 4"]:
+        """The mask channels of the DiT input."""
+        return np.stack([case.region_mask for case in self.cases])
+
+    def __iter__(self) -> Iterator[Video]:
+        return map(Video, self.frames, self.cases)
 
 
 def _digest(request: Request) -> bytes:
@@ -260,26 +400,25 @@ def prepare(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "F H W C"]:
+def _normal(key: Array, shape: tuple[int, ...]) -> Float32[Array, "f h w C"]:
     return jax.random.normal(key, shape)
 
 
-def initial_noise(config: ModelConfig, request: Request) -> Float[np.ndarray, "F H W C"]:
+def draw_noise(config: ModelConfig, request: Request) -> Float32[np.ndarray, "f h w C"]:
     """Unit normal latents: the same for this (seed, key, size) in any batch, on any number of devices."""
-    sampling, stride = config.sampling, config.vae.spatial_stride
-    shape = (
-        config.vae.num_latent_frames(sampling.num_frames),
-        sampling.height // stride,
-        sampling.width // stride,
-        config.vae.latent_channels,
-    )
     # Not under the sampling program, where the compiler might fuse and round it differently for every batch size.
     words = jnp.asarray(np.frombuffer(_digest(request)[:8], ">u4").astype(np.uint32))
     with jax.threefry_partitionable(True):
-        return np.asarray(_normal(jax.random.wrap_key_data(words, impl="threefry2x32"), shape))
+        return np.asarray(_normal(jax.random.wrap_key_data(words, impl="threefry2x32"), _latent_shape(config)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "on_step"))
+def _latent_shape(config: ModelConfig) -> tuple[int, ...]:
+    sampling, stride = config.sampling, config.vae.spatial_stride
+    num_latent_frames = config.vae.num_latent_frames(sampling.num_frames)
+    return num_latent_frames, sampling.height // stride, sampling.width // stride, config.vae.latent_channels
+
+
+@functools.partial(jax.jit, static_argnames=("config", "on_step", "return_trajectory"))
 def _sample(
     params: dict[str, Params],
     arrays: dict[str, Array],
@@ -288,8 +427,9 @@ def _sample(
     *,
     config: ModelConfig,
     on_step: Callable[[int], None] | None,
-) -> UInt8[Array, "B F H W 3"]:
-    """From prepared cases to frames, one program: encoders, solver loop, decoder."""
+    return_trajectory: bool,
+) -> tuple[UInt8[Array, "B F H W 3"], Float32[Array, "B f h w C"], Float32[Array, "N B f h w C"] | None]:
+    """From prepared cases to frames, latents and trajectory, one program: encoders, solver loop, decoder."""
     sampling = config.sampling
     networks = encoders(config, params)
     conditioning = encode_cases(networks, arrays, sampling.num_frames)
@@ -310,44 +450,56 @@ def _sample(
         solver=sampling.solver,
         guidance=guidance,
         on_step=on_step,
+        return_trajectory=return_trajectory,
     )
-    return jnp.asarray(to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :]))
+    trajectory = latents if return_trajectory else None
+    latents = latents if trajectory is None else trajectory[-1]
+    frames = to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :])
+    return jnp.asarray(frames), latents, trajectory
 
 
 def generate(
     model: Model,
     requests: Sequence[Request],
     *,
-    mesh: Mesh | None = None,
+    initial_noise: Float[np.ndarray, "B f h w C"] | None = None,
     on_step: Callable[[int], None] | None = None,
+    return_trajectory: bool = False,
     **overrides: Any,
-) -> list[Video]:
-    """The videos of the requests, as one batch.
+) -> Result:
+    """The videos of the requests, as one batch: `Model.generate` with a seed, an order and a key for each.
 
-    Args:
-        model: See `load`.
-        requests: Their number is part of the compiled shape; with a mesh it is rounded up to what the mesh divides.
-        mesh: Where to compute; the first device if not given.
-        on_step: Called with the index of each finished solver step. Another function means another compilation.
-        overrides: Fields of `SamplingConfig`; what is not given is as the model folder says.
+    With a mesh, the number of requests is rounded up to what the mesh divides. `overrides` are fields of `SamplingConfig`.
 
     Raises:
-        ValueError: an option or a request that this model cannot take.
+        ValueError: an option or a request that this model cannot take, no request, or noise of a wrong shape.
     """
     config = with_sampling(model.config, **overrides)
     if not requests:
-        return []
+        raise ValueError("There is no video to make: the batch is empty.")
     cases = [prepare(config, model.tokenizer, request) for request in requests]
-    noise = [initial_noise(config, request) for request in requests]
-    padding = -len(requests) % batch_multiple(mesh)
+    if initial_noise is None:
+        noise = [draw_noise(config, request) for request in requests]
+    elif np.shape(initial_noise) == (expected := (len(requests), *_latent_shape(config))):
+        noise = list(np.asarray(initial_noise, np.float32))
+    else:
+        raise ValueError(f"initial_noise has shape {np.shape(initial_noise)}, expected {expected}.")
+    padding = -len(requests) % batch_multiple(model.mesh)
     batch = (stack_cases(cases + cases[-1:] * padding), np.stack(noise + noise[-1:] * padding))
     params = model.params
-    if mesh is not None:
-        batch = jax.device_put(batch, batch_sharding(mesh))
-        params = jax.device_put(params, _param_shardings(mesh, params))
+    if model.mesh is not None:
+        batch = jax.device_put(batch, batch_sharding(model.mesh))
+        params = jax.device_put(params, _param_shardings(model.mesh, params))
     negative = prepare(config, model.tokenizer, Request(config.sampling.negative_prompt))
     text = (negative.token_ids[None], negative.attention_mask[None])
     # The text is an argument of the program already; as a part of the config it would ask for another compilation.
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
-    frames = np.asarray(_sample(params, batch[0], text, batch[1], config=config, on_step=on_step))
-    return [Video(clip, case) for clip, case in zip(frames, cases, strict=False)]
+    frames, latents, trajectory = _sample(
+        params, batch[0], text, batch[1], config=config, on_step=on_step, return_trajectory=return_trajectory
+    )
+    return Result(
+        frames=np.asarray(frames)[: len(requests)],
+        latents=np.asarray(latents)[: len(requests)],
+        cases=tuple(cases),
+        trajectory=None if trajectory is None else np.asarray(trajectory)[:, : len(requests)],
+    )

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from magref_jax.config import Layout
 
 Box = tuple[int, int, int, int]
-Order = int | str | Sequence[int]
+Order = int | str | Sequence[int | None]
 
 WHITE = 255
 
@@ -75,7 +75,7 @@ def assign(count: int, layout: Layout, order: Order) -> tuple[int, ...]:
     """For each reference, the index of its cell in `layout_cells`.
 
     `order` is a seed (v2 shuffles as the reference does; v1 never shuffles), "input" for list order, or the references
-    in the order of the cells: (2, 0, 1) or "2,0,1" shows reference 2 in the first cell.
+    in the order of the cells: (2, 0, 1) or "2,0,1" shows reference 2 in the first cell. None leaves a cell white.
 
     Raises:
         ValueError: unknown layout, too many references, or an order that is not a permutation of the references.
@@ -90,9 +90,13 @@ def assign(count: int, layout: Layout, order: Order) -> tuple[int, ...]:
             order = tuple(int(part) for part in order.split(","))
         except ValueError:
             raise ValueError(f"order={order!r} is neither 'input' nor reference indices such as '2,0,1'.") from None
-    if sorted(order) != list(range(count)):
+    cell_of = {reference: cell for cell, reference in enumerate(order) if reference is not None}
+    if sorted(reference for reference in order if reference is not None) != list(range(count)):
         raise ValueError(f"order={tuple(order)} must name each of the {count} references 0..{count - 1} exactly once.")
-    return tuple(int(cell) for cell in np.argsort(order))
+    num_cells = count if layout == "v1" else min(size for size in GRIDS if size >= count)
+    if len(order) > num_cells:
+        raise ValueError(f"order={tuple(order)} is for {len(order)} cells; {count} references have {num_cells}.")
+    return tuple(cell_of[reference] for reference in range(count))
 
 
 def _shuffled(count: int, seed: int) -> tuple[int, ...]:

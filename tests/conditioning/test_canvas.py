@@ -121,9 +121,10 @@ def test_order_without_shuffle():
     # Reference 2 goes to the first cell, 0 to the second, 1 to the third.
     assert assign(3, "v2", "2,0,1") == assign(3, "v2", (2, 0, 1)) == (1, 2, 0)
     assert assign(0, "v2", "input") == ()
+    assert assign(5, "v2", (4, None, 0, 1, 2, 3)) == (2, 3, 4, 5, 0)  # 6 cells, the second stays white
 
 
-@pytest.mark.parametrize("order", ["2,0", "0,0,1", (0, 1, 3), "left", "", (0, 1, 2, 3)])
+@pytest.mark.parametrize("order", ["2,0", "0,0,1", (0, 1, 3), "left", "", (0, 1, 2, 3), (0, None, 1, 2)])
 def test_wrong_order(order):
     with pytest.raises(ValueError, match="order="):
         assign(3, "v2", order)
