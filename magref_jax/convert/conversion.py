@@ -201,17 +201,23 @@ def run(
     names = [part.network.name for part in plan.parts]
     existing = _existing(out, names)
     partial = out.with_name(f".{out.name}.partial")
-    _open_partial(partial, _note(out), plan, resume)
+    _check_partial(partial, _note(out), plan, resume)
     todo = [part for part in plan.parts if not (partial / part.network.name).is_dir()]
-    for name in sorted(set(names) - {part.network.name for part in todo}):
-        say(f"{name} was finished before")
-    needed, free = sum(part.target_bytes for part in todo), shutil.disk_usage(partial).free
+    for part in plan.parts:
+        if part not in todo:
+            say(f"{part.network.name} was finished before")
+            progress(part.source_bytes)
+    place = next(parent for parent in out.parents if parent.is_dir())
+    needed, free = sum(part.target_bytes for part in todo), shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(f"OUT {out}: {_gigabytes(needed)} are needed, {_gigabytes(free)} are free.")
     warnings = []
     if checks:
         files = sorted({file for part in todo for file in part.network.files})
         warnings += [warning for file in files if (warning := check_file(file))]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _note(out).write_text(plan.digest(), encoding="utf-8")
+    partial.mkdir(exist_ok=True)
     for part in todo:
         warnings += convert_network(part, partial / part.network.name, progress)
     if plan.tokenizer is not None:
@@ -221,10 +227,15 @@ def run(
                 shutil.copyfile(file, partial / "tokenizer" / file.name)
     config = plan.config
     if existing is not None:
-        config = dataclasses.replace(existing, **{name: getattr(plan.config, name) for name in names})
+        kept = {name: getattr(existing, name) for name in NETWORKS if (out / name).is_dir()}
+        # What belongs to no network alone, such as the frames to drop, comes with the DiT.
+        rest = plan.config if "dit" in names else existing
+        config = dataclasses.replace(rest, **kept, **{name: getattr(plan.config, name) for name in names})
         for child in sorted(out.iterdir()):
             if child.is_dir() and not (partial / child.name).exists():
                 shutil.copytree(child, partial / child.name, copy_function=_link)
+    for journal in partial.glob(".*.written"):
+        journal.unlink()
     (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
     write_manifest(partial)
     if existing is not None:
@@ -261,7 +272,7 @@ def _existing(out: pathlib.Path, names: Sequence[str]) -> ModelConfig | None:
     return load_model_config(out)
 
 
-def _open_partial(partial: pathlib.Path, note: pathlib.Path, plan: Plan, resume: bool) -> None:
+def _check_partial(partial: pathlib.Path, note: pathlib.Path, plan: Plan, resume: bool) -> None:
     if partial.exists() and not resume:
         raise FileExistsError(
             f"{partial} is an unfinished conversion to the same OUT; go on with it by --resume, or remove it."
@@ -270,9 +281,6 @@ def _open_partial(partial: pathlib.Path, note: pathlib.Path, plan: Plan, resume:
         raise ValueError(
             f"--resume: {partial} was begun with another source, other settings or another dtype; remove it to start anew."
         )
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(plan.digest(), encoding="utf-8")
-    partial.mkdir(exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -283,23 +291,34 @@ def _link(source: str, target: str) -> None:
 
 
 def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], object]) -> list[str]:
-    """Reads each tensor once, writes what it fills, and returns warnings of values that are no numbers."""
-    stacked = {path: filling.layer is not None for filling in part.fillings for path in filling.rule.flax_paths}
-    writer = ParamsWriter(folder, part.abstract, stacked.__getitem__)
-    broken: list[str] = []
+    """Reads each tensor once, writes what it fills, and returns warnings of values that are no numbers.
 
-    def convert(filling: Filling) -> int:
-        tensor = part.network.tensors[filling.name]
-        values = tensor.read()
-        if not np.isfinite(values).all():
-            broken.append(filling.name)
+    What a journal beside the folder names is written already, by a run that was cut off.
+    """
+    journal = folder.with_name(f".{folder.name}.written")
+    lines = journal.read_text(encoding="utf-8").split("\n") if journal.is_file() else []
+    # The end of the text may be half a line.
+    written = {name: bool(broken) for broken, _, name in (line.partition("\t") for line in lines[:-1])}
+    stacked = {path: filling.layer is not None for filling in part.fillings for path in filling.rule.flax_paths}
+    writer = ParamsWriter(folder, part.abstract, stacked.__getitem__, keep=bool(written))
+
+    def convert(filling: Filling) -> tuple[Filling, bool]:
+        if filling.name in written:
+            return filling, written[filling.name]
+        values = part.network.tensors[filling.name].read()
+        broken = not np.isfinite(values).all()
         for path, array in filling.arrays(values):
             writer.write(path, array, filling.layer)
-        return tensor.num_bytes
+        return filling, broken
 
+    broken_names = []
     # Two at a time: one is read and cast while the other is packed and written.
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for count in pool.map(convert, part.fillings):
-            progress(count)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, journal.open("a", encoding="utf-8") as file:
+        for filling, broken in pool.map(convert, part.fillings):
+            if filling.name not in written:
+                print("broken" if broken else "", filling.name, sep="\t", file=file, flush=True)
+            if broken:
+                broken_names.append(filling.name)
+            progress(part.network.tensors[filling.name].num_bytes)
     writer.finish()
-    return [f"{part.network.name}: {name!r} has values that are infinite or no numbers." for name in sorted(broken)]
+    return [f"{part.network.name}: {name!r} has values that are infinite or no numbers." for name in broken_names]

@@ -70,11 +70,12 @@ class StoredTensor:
             content = np.fromfile(file, np.uint8, span * self.dtype.itemsize)
         if len(content) != span * self.dtype.itemsize:
             raise ValueError(f"{self.file} ends inside {self.name!r}: the file is cut off.")
-        values = content.view(self.dtype)
         if self.strides is None:
-            return values.reshape(self.shape)
+            return content.view(self.dtype).reshape(self.shape)
+        # As whole numbers: NumPy makes no strided arrays of 8-bit floats.
         steps = [stride * self.dtype.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(values, self.shape, steps).copy()
+        values = np.lib.stride_tricks.as_strided(content.view(f"u{self.dtype.itemsize}"), self.shape, steps)
+        return values.copy(order="C").view(self.dtype)
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -233,11 +234,14 @@ def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
         offset = getattr(storage, "_checkpoint_offset", None)
         if storage is None or offset is None:
             raise ValueError(f"{path}: {name!r} is sparse, negated or without values; expected a plain tensor.")
-        # Fake storage grows to whatever the pickle asks for; real storage would have been refused.
-        if records.get(offset) != storage.nbytes():
+        # Of fake tensors torch computes the places, and takes the sizes from the pickle; both may be wrong.
+        if offset not in records:
             raise ValueError(
-                f"{path}: {name!r} takes {storage.nbytes()} bytes, but its record has {records.get(offset, 0)}."
+                f"{path}: {name!r} is not where torch.save puts it, so something else wrote this archive; "
+                "load it in torch and save it again."
             )
+        if records[offset] != storage.nbytes():
+            raise ValueError(f"{path}: {name!r} takes {storage.nbytes()} bytes, but its record has {records[offset]}.")
         dtype = _TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."))
         if dtype is None:
             raise ValueError(f"{path}: {name!r} has dtype {value.dtype}; known are {', '.join(_TORCH_DTYPES)}.")

@@ -28,6 +28,11 @@ Cache = Any  # a nested dict of the last frames each temporal layer has seen
 _KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _wide(dtype: Any) -> Any:
+    """float32, or float64 where a comparison with torch runs in it."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _causal_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Zero for frames of the past: training starts from a network of images, and a clip is at first its frames."""
     present = _KERNEL_INIT(key, shape[1:], dtype)
@@ -117,7 +122,7 @@ class ChannelNorm(nn.Module):
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
-        wide = x.astype(jnp.float32)
+        wide = x.astype(_wide(x.dtype))
         # The floor sits inside the root so that the gradient at x = 0 is finite.
         inverse = lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(wide), -1, keepdims=True), 1e-24))
         return (wide * inverse * channels**0.5 * scale).astype(x.dtype)
@@ -297,14 +302,14 @@ class VAE(nn.Module):
             self.config.num_latent_frames(frames.shape[1])
         dtype = jnp.dtype(self.config.dtype)
         x, cache = self.encoder(frames.astype(dtype), cache)
-        mean, log_variance = jnp.split(self.quant(x).astype(jnp.float32), 2, axis=-1)
+        mean, log_variance = jnp.split(self.quant(x).astype(_wide(x.dtype)), 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0), cache
 
     def decode(self, latents: Float[Array, "B f h w C"], cache: Cache = None) -> tuple[Array, Cache]:
         """Latents that are not normalised → frames, not clamped, and the cache."""
         dtype = jnp.dtype(self.config.dtype)
         x, cache = self.decoder(self.post_quant(latents.astype(dtype)), cache)
-        return x.astype(jnp.float32), cache
+        return x.astype(_wide(x.dtype)), cache
 
 
 def normalise(config: VAEConfig, mean: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:

@@ -18,6 +18,7 @@ import convert_torch_weights
 from magref_jax import checkpoint, pipeline
 from magref_jax.config import load_model_config
 from magref_jax.convert import conversion
+from magref_jax.convert.tensor_files import StoredTensor
 from tests import torch_folders
 
 SETTINGS = [word for setting in torch_folders.SETTINGS for word in ("--set", setting)]
@@ -212,33 +213,41 @@ def test_text_to_video_needs_no_canvas(tmp_path):
 def test_resume_keeps_what_is_finished_and_ends_with_the_same_bytes(sources, tmp_path, capsys, monkeypatch):
     source, out = sources["official"][0], tmp_path / "model"
     run(source, tmp_path / "whole")
-    convert_network = conversion.convert_network
-
-    def cut_off(part, folder, progress):
-        if part.network.name == "text_encoder":
-            (folder.parent / ".text_encoder.new").mkdir()  # half of it
-            raise KeyboardInterrupt
-        return convert_network(part, folder, progress)
-
-    monkeypatch.setattr(conversion, "convert_network", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        run(source, out)
-    assert not out.exists()
     partial = tmp_path / ".model.partial"
-    finished = {path: path.stat().st_mtime_ns for path in (partial / "dit").rglob("*")}
-    assert "go on with it by --resume" in fails(capsys, source, out)
-    assert "begun with another source" in fails(capsys, source, out, "--resume", "--dtype", "bfloat16")
+    read = StoredTensor.read
+    seen: list[str] = []
 
-    monkeypatch.setattr(conversion, "convert_network", convert_network)
-    seen = []
-    monkeypatch.setattr(
-        conversion,
-        "convert_network",
-        lambda part, *rest: (seen.append(part.network.name), convert_network(part, *rest))[1],
-    )
-    assert {path: path.stat().st_mtime_ns for path in (partial / "dit").rglob("*")} == finished
-    run(source, out, "--resume")
-    assert seen == ["text_encoder", "image_encoder"]
+    def read_until(last: str):
+        def read_or_stop(tensor: StoredTensor) -> np.ndarray:
+            seen.append(tensor.name)
+            if tensor.name == last:
+                raise KeyboardInterrupt
+            return read(tensor)
+
+        return read_or_stop
+
+    # Cut off in the middle of the DiT, then of the text encoder, then not at all.
+    for resume, last in (
+        ([], "blocks.1.ffn.0.weight"),
+        (["--resume"], "blocks.1.ffn.fc1.weight"),
+        (["--resume"], "no tensor"),
+    ):
+        assert not out.exists()
+        journals = [line for file in partial.glob(".*.written") for line in file.read_text().splitlines()]
+        done = {line.partition("\t")[2] for line in journals}
+        seen.clear()
+        monkeypatch.setattr(StoredTensor, "read", read_until(last))
+        if last == "no tensor":
+            assert "go on with it by --resume" in fails(capsys, source, out)
+            assert "begun with another source" in fails(capsys, source, out, "--resume", "--dtype", "bfloat16")
+            assert (partial / "dit").is_dir()
+            run(source, out, *resume)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(source, out, *resume)
+        if resume:
+            assert len(done) > 5
+            assert not done & set(seen)
     assert contents(out) == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".model*"))
 

@@ -3,6 +3,7 @@
 One set of random tensors goes through diffusers' converter into the torch model and through our table into ours.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -117,7 +118,9 @@ def test_velocity_equals_torch_more_closely_at_small_timesteps(models: Models, c
     config, torch_model, run = models
     inputs = random_inputs(config, seed=3)
     inputs[1] = np.array([0.0, 4.0], np.float32)
+    # In float64 the difference is our own rounding; float32 torch has as much of its own.
+    wide = [None if array is None else array.astype(np.float64) for array in inputs]
+    expected = run_torch(copy.deepcopy(torch_model).double(), wide)
+    assert expected.dtype == np.float64
 
-    actual, expected = np.asarray(run(*inputs)), run_torch(torch_model, inputs)
-
-    close("DiT, timesteps below 5", actual, expected, 1e-5)  # float32 rounding alone; measured 6e-6
+    close("DiT, timesteps below 5", np.asarray(run(*inputs)), expected, 5e-6)
