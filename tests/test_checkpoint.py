@@ -136,3 +136,90 @@ def test_a_config_survives_its_file(tmp_path):
     restored, _ = checkpoint.restore_model(tmp_path / "model", {})
     assert restored == config
     assert hash(restored) == hash(config)  # it is a static argument of compiled programs
+
+
+SHAPES = {"blocks/up/kernel": (3, 300, 260), "scale": (5,), "step": ()}
+ABSTRACT = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in SHAPES.items()}
+
+
+def pieces() -> list[tuple[str, np.ndarray, int | None]]:
+    """What a converter writes: layers of a stacked parameter, transposed in memory; whole small ones."""
+    rng = np.random.default_rng(0)
+    layers = [("blocks/up/kernel", rng.standard_normal((260, 300)).astype(np.float32).T, layer) for layer in range(3)]
+    return [*layers, ("scale", np.arange(5, dtype=np.float32), None), ("step", np.float32(7).reshape(()), None)]
+
+
+def write_pieces(folder, order):
+    writer = checkpoint.ParamsWriter(folder, ABSTRACT, lambda path: path.startswith("blocks/"))
+    for path, array, layer in (pieces()[index] for index in order):
+        assert not folder.exists()
+        writer.write(path, array, layer)
+    writer.finish()
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parameters_written_piece_by_piece_are_read_like_any_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.ParamsWriter, "CHUNK_BYTES", 50_000)
+    write_pieces(tmp_path / "dit", range(5))
+    write_pieces(tmp_path / "again", [4, 2, 0, 3, 1])
+    assert files(tmp_path / "dit") == files(tmp_path / "again")
+    assert max(len(content) for content in files(tmp_path / "dit").values()) < 50_100
+
+    # Each device of a mesh gets its part.
+    sharding = NamedSharding(make_mesh("fsdp=4,tensor=2"), P(None, "fsdp", "tensor"))
+    target = jax.eval_shape(
+        lambda: {"blocks": {"up": {"kernel": jnp.zeros((3, 300, 260))}}, "scale": jnp.ones(5), "step": 0.0}
+    )
+    target["blocks"]["up"]["kernel"] = jax.ShapeDtypeStruct((3, 300, 260), jnp.bfloat16, sharding=sharding)
+    params = checkpoint.restore_params(tmp_path / "dit", target)
+    assert params["blocks"]["up"]["kernel"].sharding == sharding
+    stores = checkpoint.open_params(tmp_path / "dit")
+    for path, array, layer in pieces():
+        expected = np.ascontiguousarray(array).astype(jnp.bfloat16.dtype)
+        leaf = params["blocks"]["up"]["kernel"] if layer is not None else params[path]
+        np.testing.assert_array_equal(np.asarray(leaf if layer is None else leaf[layer]), expected)
+        stored = stores[path] if layer is None else stores[path][layer]
+        np.testing.assert_array_equal(stored.read().result(), expected)
+
+
+def test_what_save_params_wrote_can_be_read_in_parts(tmp_path):
+    checkpoint.save_params(tmp_path / "dit", PARAMS["dit"])
+    stores = checkpoint.open_params(tmp_path / "dit")
+    assert sorted(stores) == ["scale", "up/kernel"]
+    np.testing.assert_array_equal(stores["up/kernel"][1].read().result(), PARAMS["dit"]["up"]["kernel"][1])
+
+
+def test_an_unfinished_writer_is_continued_or_forgotten(tmp_path):
+    def start(keep):
+        return checkpoint.ParamsWriter(tmp_path / "dit", ABSTRACT, lambda path: path.startswith("blocks/"), keep=keep)
+
+    first, *rest = pieces()
+    start(keep=False).write(*first)
+    (tmp_path / ".dit.new" / "blocks.up.kernel" / "0.0.0.__lock").write_text("")  # of a process that was killed
+    writer = start(keep=True)
+    for piece in rest:
+        writer.write(*piece)
+    writer.finish()
+    write_pieces(tmp_path / "whole", range(5))
+    assert files(tmp_path / "dit") == files(tmp_path / "whole")
+
+    start(keep=False).write(*first)
+    writer = start(keep=False)
+    with pytest.raises(FileNotFoundError, match="does not exist or is unfinished"):
+        checkpoint.open_params(tmp_path / ".dit.new")
+
+
+def test_sizes_are_compared_even_where_contents_are_not(folder):
+    path = max((folder / "dit").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"has {len(content) - 1} bytes, expected {len(content)}"):
+        checkpoint.restore_model(folder, abstract(), verify=False)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    checkpoint.verify_manifest(folder, contents=False)
+    (folder / "MANIFEST.json").write_text("[1]")
+    with pytest.raises(ValueError, match="MANIFEST.json is damaged"):
+        checkpoint.verify_manifest(folder)

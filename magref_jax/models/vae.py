@@ -153,9 +153,11 @@ class SpatialAttention(nn.Module):
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         batch, _, height, _, channels = x.shape
         qkv = Conv(3 * channels, name="qkv")(ChannelNorm(name="norm")(x))
-        query, key, value = jnp.split(rearrange(qkv, "b f h w c -> (b f) (h w) 1 c"), 3, axis=-1)
-        y = jax.nn.dot_product_attention(query, key, value)
-        y = rearrange(y, "(b f) (h w) 1 c -> b f h w c", b=batch, h=height)
+        query, key, value = jnp.split(rearrange(qkv, "b f h w c -> (b f) (h w) c"), 3, axis=-1)
+        wide = _wide(x.dtype)
+        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide) / channels**0.5
+        y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits), value.astype(wide)).astype(x.dtype)
+        y = rearrange(y, "(b f) (h w) c -> b f h w c", b=batch, h=height)
         return x + Conv(channels, name="out")(y)
 
 

@@ -6,6 +6,7 @@ One set of random tensors goes through diffusers' converter into the torch model
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import jax
@@ -67,7 +68,7 @@ def build_torch_model(config: DiTConfig, tensors: dict[str, np.ndarray]) -> torc
     return model.eval()
 
 
-Models = tuple[DiTConfig, torch.nn.Module, Callable[..., jax.Array]]
+Models = tuple[DiTConfig, torch.nn.Module, Callable[..., jax.Array], Any]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -83,7 +84,7 @@ def models(request: pytest.FixtureRequest) -> Models:
     def run(*inputs: jax.Array | None) -> jax.Array:
         return dit.apply({"params": params}, *inputs)
 
-    return config, build_torch_model(config, tensors), run
+    return config, build_torch_model(config, tensors), run, params
 
 
 def random_inputs(config: DiTConfig, seed: int) -> list[np.ndarray | None]:
@@ -104,7 +105,7 @@ def run_torch(model: torch.nn.Module, inputs: list[np.ndarray | None]) -> np.nda
 
 
 def test_velocity_equals_torch(models: Models, close):
-    config, torch_model, run = models
+    config, torch_model, run, _ = models
     inputs = random_inputs(config, seed=2)
     expected = run_torch(torch_model, inputs)
 
@@ -115,12 +116,14 @@ def test_velocity_equals_torch(models: Models, close):
 
 
 def test_velocity_equals_torch_more_closely_at_small_timesteps(models: Models, close):
-    config, torch_model, run = models
+    config, torch_model, _, params = models
+    # In float64 the difference is our own rounding; float32 torch has 4e-6 of its own. JAX's attention rounds more over
+    # 512 text tokens than the plain formula does: 5e-6 instead of 2e-6, in values up to 6.
+    run = jax.jit(DiT(dataclasses.replace(config, attention="reference")).apply)
     inputs = random_inputs(config, seed=3)
     inputs[1] = np.array([0.0, 4.0], np.float32)
-    # In float64 the difference is our own rounding; float32 torch has as much of its own.
     wide = [None if array is None else array.astype(np.float64) for array in inputs]
     expected = run_torch(copy.deepcopy(torch_model).double(), wide)
     assert expected.dtype == np.float64
 
-    close("DiT, timesteps below 5", np.asarray(run(*inputs)), expected, 5e-6)
+    close("DiT, timesteps below 5", np.asarray(run({"params": params}, *inputs)), expected, 5e-6)
