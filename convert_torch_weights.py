@@ -123,7 +123,8 @@ def from_torch(
 ) -> None:
     source = sources.read_source(path, only)
     config = sources.model_config(source, read_settings(arguments.set))
-    plan = conversion.make_plan(source, config, pipeline.abstract_params(config), arguments.dtype)
+    abstract = pipeline.abstract_params(config, only=tuple(source.networks))
+    plan = conversion.make_plan(source, config, abstract, arguments.dtype)
     print(conversion.describe(plan, out or pathlib.Path("none given")))
     for stranger in source.strangers:
         print(f"left out: {stranger}")
@@ -165,7 +166,8 @@ def rename_lora(path: pathlib.Path, out: pathlib.Path, arguments: argparse.Names
     for released in RELEASED_DITS:
         config = from_dict(DiTConfig, released | settings, "--set dit")
         try:
-            found = lora.read_lora(path, config, pipeline.abstract_params(ModelConfig(dit=config))["dit"])
+            abstract = pipeline.abstract_params(ModelConfig(dit=config), only=("dit",))
+            found = lora.read_lora(path, config, abstract["dit"])
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -87,7 +87,7 @@ def read_overrides(arguments: argparse.Namespace, config: ModelConfig, checks: C
 
 def read_loras(arguments: argparse.Namespace, config: ModelConfig, checks: Checks) -> list[tuple[Lora, float]]:
     loras = []
-    abstract = pipeline.abstract_params(config)["dit"] if arguments.lora else None
+    abstract = pipeline.abstract_params(config, only=("dit",))["dit"] if arguments.lora else None
     for text in arguments.lora:
         path, strength = checks.attempt("--lora", split_strength, text) or (None, 0.0)
         lora = None if path is None else checks.attempt("--lora", read_lora, path, config.dit, abstract)

@@ -14,18 +14,19 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 from PIL import Image
 
-from magref_jax.checkpoint import Params, restore_model
+from magref_jax.checkpoint import NETWORKS, Params, restore_model
 from magref_jax.conditioning import canvas
 from magref_jax.conditioning.case import (
     Case,
@@ -54,15 +55,14 @@ from magref_jax.video import to_uint8
 STREAM_PIXELS = 2**20
 
 
-def abstract_params(config: ModelConfig) -> dict[str, Params]:
+def abstract_params(config: ModelConfig, only: Collection[str] = NETWORKS) -> dict[str, Params]:
     """Shapes and dtypes of all parameters, by network, without making any."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_params, config, only=only), jax.random.key(0))
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Params]:
+def init_params(config: ModelConfig, key: jax.Array, only: Collection[str] = NETWORKS) -> dict[str, Params]:
     """Random parameters of every network of the config. Call it inside `jax.jit`."""
-    dit, autoencoder, text, image = jax.random.split(key, 4)
-    cfg = config.dit
+    cfg, image = config.dit, config.image_encoder
     rows, columns = cfg.patch_size[1:]
     latents = jnp.zeros((1, cfg.patch_size[0], rows, columns, cfg.in_channels))
     text_embeddings = jnp.zeros((1, cfg.text_len, cfg.text_dim))
@@ -71,15 +71,17 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Params]:
     size = 2 * config.vae.spatial_stride
     frames = jnp.zeros((1, 1 + config.vae.temporal_stride, size, size, 3))
     noise = jnp.zeros((1, 2, 2, 2, config.vae.latent_channels))
-    params = {
-        "dit": DiT(cfg).init(dit, latents, jnp.zeros((1,)), text_embeddings, image_embeddings),
-        "vae": vae.VAE(config.vae).init(autoencoder, frames, noise),
-        "text_encoder": TextEncoder(config.text_encoder).init(text, tokens, tokens),
+    networks: dict[str, tuple[nn.Module, tuple[Array | None, ...]]] = {
+        "dit": (DiT(cfg), (latents, jnp.zeros((1,)), text_embeddings, image_embeddings)),
+        "vae": (vae.VAE(config.vae), (frames, noise)),
+        "text_encoder": (TextEncoder(config.text_encoder), (tokens, tokens)),
     }
-    if config.image_encoder is not None:
-        side = config.image_encoder.image_size
-        params["image_encoder"] = ImageEncoder(config.image_encoder).init(image, jnp.zeros((1, side, side, 3)))
-    return {name: tree["params"] for name, tree in params.items()}
+    if image is not None:
+        networks["image_encoder"] = ImageEncoder(image), (jnp.zeros((1, image.image_size, image.image_size, 3)),)
+    keys = dict(zip(NETWORKS, jax.random.split(key, len(NETWORKS)), strict=True))
+    return {
+        name: module.init(keys[name], *inputs)["params"] for name, (module, inputs) in networks.items() if name in only
+    }
 
 
 def encoders(config: ModelConfig, params: dict[str, Params]) -> Encoders:

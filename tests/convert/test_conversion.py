@@ -348,3 +348,37 @@ def test_sampling_and_safetensors_need_no_torch(sources, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "--prompt" in done.stdout
     assert (tmp_path / "model" / "vae").is_dir()
+
+
+def test_a_lora_is_given_the_names_of_other_programs(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(torch.bfloat16)
+
+    kohya = {
+        "lora_unet_blocks_1_cross_attn_k_img.lora_down.weight": random(4, 24),
+        "lora_unet_blocks_1_cross_attn_k_img.lora_up.weight": random(24, 4),
+        "lora_unet_blocks_1_cross_attn_k_img.alpha": torch.tensor(2.0, dtype=torch.bfloat16),
+    }
+    safetensors.torch.save_file(kohya, tmp_path / "lora.safetensors")
+    dit = torch_folders.CONFIG.dit
+    fields = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "image_dim", "freq_dim")
+    settings = [word for field in fields for word in ("--set", f"dit.{field}={getattr(dit, field)}")]
+    run(tmp_path / "lora.safetensors", tmp_path / "original.safetensors", "--to", "comfy", *settings)
+    assert "3 of 3 keys matched" in capsys.readouterr().out
+    name = "diffusion_model.blocks.1.cross_attn.k_img"
+    original = safetensors.torch.load_file(tmp_path / "original.safetensors")
+    assert set(original) == {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"}
+    assert torch.equal(original[f"{name}.lora_up.weight"], kohya["lora_unet_blocks_1_cross_attn_k_img.lora_up.weight"])
+    run(tmp_path / "original.safetensors", tmp_path / "back.safetensors", "--to", "wan", *settings)
+    back = safetensors.torch.load_file(tmp_path / "back.safetensors")
+    assert back.keys() == kohya.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in kohya.items())
+    run(tmp_path / "lora.safetensors", tmp_path / "peft.safetensors", "--to", "diffusers", *settings)
+    assert "transformer.blocks.1.attn2.add_k_proj.lora_A.weight" in safetensors.torch.load_file(
+        tmp_path / "peft.safetensors"
+    )
+    error = fails(capsys, tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "--to", "wan")
+    assert "expected (4, 5120)" in error or "expected ('rank', 5120)" in error
+    assert not (tmp_path / "other.safetensors").exists()
