@@ -25,6 +25,7 @@ from magref_jax import pipeline, sharding
 from magref_jax.conditioning.canvas import draw_regions
 from magref_jax.config import ModelConfig, load_model_config
 from magref_jax.convert.lora import Lora, read_lora, split_strength
+from magref_jax.files import replacing
 from magref_jax.prompts import Checks, Line, check_keys, read_prompt_file, read_references, safe_key
 from magref_jax.video import SheetRow, contact_sheet, write_video
 
@@ -118,12 +119,8 @@ def read_lines(arguments: argparse.Namespace, checks: Checks) -> list[Line]:
 
 
 def save_image(image: Image.Image, path: pathlib.Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         image.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_outputs(

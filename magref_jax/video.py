@@ -3,13 +3,12 @@
 F frames, H height, W width. Frames of a file are uint8 [F H W 3] RGB; frames of a model are [-1, 1].
 """
 
-import contextlib
 import fractions
 import json
 import math
 import os
 import pathlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import av
@@ -19,6 +18,8 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from magref_jax.files import replacing
 
 # One thread and no macroblock tree: with more threads the bytes depend on the machine, with the tree even two runs on
 # one machine differ. Quality 16 without the tree is as good and as large as 13 with it: 40 dB at 480p.
@@ -85,10 +86,10 @@ def write_video(
         )
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
 
-    with _complete_or_absent(path) as part:
+    with replacing(path) as part:
         # use_metadata_tags: without it mp4 drops every tag it has no field for.
         options = {"movflags": "faststart+use_metadata_tags"}
-        with av.open(part, "w", format="mp4", options=options) as container:
+        with av.open(str(part), "w", format="mp4", options=options) as container:
             if comment is not None:
                 container.metadata["comment"] = comment
             rate = fractions.Fraction(fps).limit_denominator(1001)  # a film at 24000/1001 keeps that
@@ -120,17 +121,6 @@ def read_video(path: str | os.PathLike[str]) -> Video:
         except (KeyError, ValueError):  # no comment, or somebody else's
             metadata = None
         return Video(np.stack(frames), float(stream.average_rate), metadata if isinstance(metadata, dict) else None)
-
-
-@contextlib.contextmanager
-def _complete_or_absent(path: pathlib.Path) -> Generator[str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield str(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _to_yuv(frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:

@@ -219,7 +219,13 @@ def run(
     _note(out).write_text(plan.digest(), encoding="utf-8")
     partial.mkdir(exist_ok=True)
     for part in todo:
-        warnings += convert_network(part, partial / part.network.name, progress)
+        convert_network(part, partial / part.network.name, progress)
+    warnings += [
+        f"{part.network.name}: {name!r} has values that are infinite or no numbers."
+        for part in plan.parts
+        for name, broken in _read_journal(_journal(partial / part.network.name)).items()
+        if broken
+    ]
     if plan.tokenizer is not None:
         (partial / "tokenizer").mkdir(exist_ok=True)
         for file in sorted(plan.tokenizer.iterdir()):
@@ -234,8 +240,8 @@ def run(
         for child in sorted(out.iterdir()):
             if child.is_dir() and not (partial / child.name).exists():
                 shutil.copytree(child, partial / child.name, copy_function=_link)
-    for journal in partial.glob(".*.written"):
-        journal.unlink()
+    for part in plan.parts:
+        _journal(partial / part.network.name).unlink(missing_ok=True)
     (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
     write_manifest(partial)
     if existing is not None:
@@ -290,35 +296,38 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], object]) -> list[str]:
-    """Reads each tensor once, writes what it fills, and returns warnings of values that are no numbers.
+def _journal(folder: pathlib.Path) -> pathlib.Path:
+    """The file beside a network's folder that names its tensors as they are written."""
+    return folder.with_name(f".{folder.name}.written")
 
-    What a journal beside the folder names is written already, by a run that was cut off.
-    """
-    journal = folder.with_name(f".{folder.name}.written")
+
+def _read_journal(journal: pathlib.Path) -> dict[str, bool]:
+    """The tensors that are written, by this run or one that was cut off, and whether they hold values that are no numbers."""
     lines = journal.read_text(encoding="utf-8").split("\n") if journal.is_file() else []
     # The end of the text may be half a line.
-    written = {name: bool(broken) for broken, _, name in (line.partition("\t") for line in lines[:-1])}
+    return {name: bool(broken) for broken, _, name in (line.partition("\t") for line in lines[:-1])}
+
+
+def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], object]) -> None:
+    """Reads each tensor once and writes what it fills; what the journal names is written already."""
+    journal = _journal(folder)
+    written = _read_journal(journal)
     stacked = {path: filling.layer is not None for filling in part.fillings for path in filling.rule.flax_paths}
     writer = ParamsWriter(folder, part.abstract, stacked.__getitem__, keep=bool(written))
 
     def convert(filling: Filling) -> tuple[Filling, bool]:
         if filling.name in written:
-            return filling, written[filling.name]
+            return filling, False
         values = part.network.tensors[filling.name].read()
         broken = not np.isfinite(values).all()
         for path, array in filling.arrays(values):
             writer.write(path, array, filling.layer)
         return filling, broken
 
-    broken_names = []
     # Two at a time: one is read and cast while the other is packed and written.
     with concurrent.futures.ThreadPoolExecutor(2) as pool, journal.open("a", encoding="utf-8") as file:
         for filling, broken in pool.map(convert, part.fillings):
             if filling.name not in written:
                 print("broken" if broken else "", filling.name, sep="\t", file=file, flush=True)
-            if broken:
-                broken_names.append(filling.name)
             progress(part.network.tensors[filling.name].num_bytes)
     writer.finish()
-    return [f"{part.network.name}: {name!r} has values that are infinite or no numbers." for name in broken_names]

@@ -83,9 +83,7 @@ def export(
         raise FileExistsError(f"OUT {out} exists already; give another name.")
     verify_manifest(folder, contents=verify)
     config = load_model_config(folder)
-    names = [name for name in NETWORKS if (folder / name).is_dir() and (not only or name in only)]
-    if missing := sorted(set(only) - set(names)):
-        raise ValueError(f"--only {','.join(missing)}: not in {folder}, which has {', '.join(names) or 'no network'}.")
+    names = _networks(folder, only)
     partial = out.absolute().with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -102,9 +100,15 @@ def export(
 
 def exported_bytes(folder: pathlib.Path, only: tuple[str, ...] = ()) -> int:
     """How much `export` reads."""
-    names = [name for name in NETWORKS if (folder / name).is_dir() and (not only or name in only)]
-    stores = [store for name in names for store in open_params(folder / name).values()]
+    stores = [store for name in _networks(folder, only) for store in open_params(folder / name).values()]
     return sum(math.prod(store.shape) * store.dtype.numpy_dtype.itemsize for store in stores)
+
+
+def _networks(folder: pathlib.Path, only: tuple[str, ...]) -> list[str]:
+    there = [name for name in NETWORKS if (folder / name).is_dir()]
+    if missing := [name for name in only if name not in there]:
+        raise ValueError(f"--only {','.join(missing)}: not in {folder}, which has {', '.join(there) or 'no network'}.")
+    return [name for name in there if not only or name in only]
 
 
 def _export_network(
@@ -130,23 +134,27 @@ def _export_network(
         target.prefix + key: (stores[source.rule.flax_paths[0]].dtype.numpy_dtype, source.shape)
         for key, source in sources.items()
     } | {target.prefix + key: (zeros_dtype, shape) for key, shape in unused.items()}
-    read_leaf = functools.lru_cache(maxsize=4)(lambda path: stores[path].read().result())
 
-    def array(path: str, layer: int | None) -> np.ndarray:
+    # Of one rule at a time: its layers follow each other, and a stacked parameter of 14B has gigabytes.
+    @functools.lru_cache(maxsize=1)
+    def whole(paths: tuple[str, ...]) -> list[np.ndarray]:
+        return [stores[path].read().result() for path in paths]
+
+    def arrays(paths: tuple[str, ...], layer: int | None) -> list[np.ndarray]:
         if layer is None:
-            return stores[path].read().result()
+            return [stores[path].read().result() for path in paths]
         # Where a chunk holds all layers, reading one of them unpacks them all.
-        chunks = stores[path].chunk_layout.read_chunk.shape
+        chunks = stores[paths[0]].chunk_layout.read_chunk.shape
         if chunks is not None and chunks[0] == 1:
-            return stores[path][layer].read().result()
-        return read_leaf(path)[layer]
+            return [stores[path][layer].read().result() for path in paths]
+        return [array[layer] for array in whole(paths)]
 
     def read(key: str) -> np.ndarray:
         key = key.removeprefix(target.prefix)
         if key in unused:
             return np.zeros(unused[key], zeros_dtype)
         rule: Rule = sources[key].rule
-        tensor = rule.transform.inverse(*(array(path, sources[key].layer) for path in rule.flax_paths))
+        tensor = rule.transform.inverse(*arrays(rule.flax_paths, sources[key].layer))
         progress(tensor.nbytes)
         return tensor
 

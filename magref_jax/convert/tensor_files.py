@@ -5,19 +5,19 @@ safetensors format is read here and not by its library, which maps the file, can
 0.8 writes the memory of a transposed array instead of its values.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from magref_jax.files import replacing
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -181,17 +181,6 @@ def write_safetensors(
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"{name!r} is {array.dtype} {array.shape}, expected {dtype} {shape}.")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, which takes its place if all goes well and is removed if not."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:

@@ -317,6 +317,26 @@ def test_values_that_are_no_numbers_are_named(sources, tmp_path, capsys):
     assert "warning: vae: 'decoder.conv1.bias' has values that are infinite or no numbers" in capsys.readouterr().out
 
 
+def test_values_that_are_no_numbers_are_named_after_a_resume_too(sources, tmp_path, capsys, monkeypatch):
+    shutil.copytree(sources["comfy"][0], tmp_path / "source")
+    tensors = dict(sources["comfy"][1]["vae"])
+    tensors["decoder.conv1.bias"] = torch.full_like(tensors["decoder.conv1.bias"], torch.inf)
+    safetensors.torch.save_file(tensors, tmp_path / "source" / torch_folders.COMFY["vae"][2])
+    convert_network = conversion.convert_network
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            conversion,
+            "convert_network",
+            lambda part, *rest: convert_network(part, *rest) if part.network.name == "vae" else 1 / 0,
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "source", tmp_path / "model", "--only", "vae,text_encoder")
+    assert (tmp_path / ".model.partial" / "vae").is_dir()
+    capsys.readouterr()
+    run(tmp_path / "source", tmp_path / "model", "--only", "vae,text_encoder", "--resume")
+    assert "warning: vae: 'decoder.conv1.bias' has values" in capsys.readouterr().out
+
+
 def test_verify_names_a_damaged_file(sources, tmp_path, capsys):
     run(sources["comfy"][0], tmp_path / "model", "--only", "vae")
     run(tmp_path / "model", "--verify")

@@ -49,8 +49,8 @@ def abstract_inputs(config: DiTConfig) -> tuple[jax.ShapeDtypeStruct | None, ...
     return tuple(None if None in shape else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
-def build_torch_model(config: DiTConfig, tensors: dict[str, np.ndarray]) -> torch.nn.Module:
-    model = diffusers.WanTransformer3DModel(
+def torch_dit(config: DiTConfig) -> torch.nn.Module:
+    return diffusers.WanTransformer3DModel(
         patch_size=config.patch_size,
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -63,6 +63,10 @@ def build_torch_model(config: DiTConfig, tensors: dict[str, np.ndarray]) -> torc
         image_dim=config.image_dim,
         added_kv_proj_dim=None if config.image_dim is None else config.dim,
     )
+
+
+def build_torch_model(config: DiTConfig, tensors: dict[str, np.ndarray]) -> torch.nn.Module:
+    model = torch_dit(config)
     state = convert_wan_transformer_to_diffusers({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     model.load_state_dict(state, strict=True)
     return model.eval()

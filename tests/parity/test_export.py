@@ -11,6 +11,7 @@ import transformers
 
 import convert_torch_weights
 from tests import torch_folders
+from tests.parity.test_dit import torch_dit
 from tests.torch_folders import CONFIG
 
 pytestmark = pytest.mark.parity
@@ -33,20 +34,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def reference(network: str) -> torch.nn.Module:
     """The module as this test knows it, with random weights."""
-    dit, vae, text, image = CONFIG.dit, CONFIG.vae, CONFIG.text_encoder, CONFIG.image_encoder
+    vae, text, image = CONFIG.vae, CONFIG.text_encoder, CONFIG.image_encoder
     if network == "dit":
-        return diffusers.WanTransformer3DModel(
-            num_attention_heads=dit.num_heads,
-            attention_head_dim=dit.head_dim,
-            in_channels=dit.in_channels,
-            out_channels=dit.out_channels,
-            text_dim=dit.text_dim,
-            freq_dim=dit.freq_dim,
-            ffn_dim=dit.ffn_dim,
-            num_layers=dit.num_layers,
-            image_dim=dit.image_dim,
-            added_kv_proj_dim=dit.dim,
-        )
+        return torch_dit(CONFIG.dit)
     if network == "vae":
         return diffusers.AutoencoderKLWan(
             base_dim=vae.base_dim, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True]

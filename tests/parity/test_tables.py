@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from transformers import (
     CLIPVisionConfig,
@@ -30,6 +30,7 @@ from magref_jax.models.dit import DiT
 from magref_jax.models.image_encoder import ImageEncoder
 from magref_jax.models.text_encoder import TextEncoder
 from magref_jax.models.vae import VAE
+from tests.parity.test_dit import torch_dit
 from tests.parity.torch_random import random_tensors
 
 pytestmark = pytest.mark.parity
@@ -83,20 +84,7 @@ def abstract_vae(config: VAEConfig) -> Any:
 
 def diffusers_dit(config: DiTConfig) -> Shapes:
     with torch.device("meta"):
-        model = WanTransformer3DModel(
-            patch_size=config.patch_size,
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.head_dim,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            text_dim=config.text_dim,
-            freq_dim=config.freq_dim,
-            ffn_dim=config.ffn_dim,
-            num_layers=config.num_layers,
-            image_dim=config.image_dim,
-            added_kv_proj_dim=None if config.image_dim is None else config.dim,
-        )
-    return shapes_of(model.state_dict())
+        return shapes_of(torch_dit(config).state_dict())
 
 
 def diffusers_vae(config: VAEConfig) -> Shapes:
