@@ -2,86 +2,157 @@
 
     python sample.py
     python sample.py --prompt "the fox slides right over a meadow" --ref fox.png:fox
-    python sample.py --prompts cases.txt --out results
+    python sample.py --prompts cases.json --out results --dry_run
+    python sample.py --prompts cases.json --out results --resume
 
 Everything that was asked for is checked before the weights are read; each file appears under its name when it is complete.
+Exit status: 0 all videos were made, 1 the model cannot be used, 2 something asked for is wrong, 3 some videos failed.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
-import re
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 from PIL import Image
 from tqdm import tqdm
 
 import magref_jax
-from magref_jax import pipeline, sharding
-from magref_jax.conditioning.canvas import draw_regions
-from magref_jax.config import ModelConfig, load_model_config
+from magref_jax import batches, files, outputs, pipeline, prompts, sharding
+from magref_jax.conditioning.canvas import assign
+from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, read_lora, split_strength
-from magref_jax.files import replacing
-from magref_jax.prompts import Checks, Line, check_keys, read_prompt_file, read_references, safe_key
-from magref_jax.video import SheetRow, contact_sheet, write_video
+from magref_jax.diffusion.step_cache import load_plan
+from magref_jax.dry_run import dry_run
+from magref_jax.prompts import ALIASES, Checks, Entry
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
-SHEET_ROWS = 24  # videos on the contact sheet; more would not fit a screen
+
+
+def default_cache() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "magref_jax"
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="sample.py",
         description="Makes videos from reference images and a prompt; without --prompt or --prompts, two bundled examples.",
+        epilog="Options also have the names that Wan, MAGREF and diffusers give them, such as --num_inference_steps.",
         allow_abbrev=False,
     )
-    p.add_argument("--model", type=pathlib.Path, default=BUNDLED / "emoji", metavar="DIR", help="model folder")
-    p.add_argument("--prompt", metavar="TEXT", help="what the video shows")
-    p.add_argument(
-        "--ref", action="append", default=[], metavar="FILE[:WORD]", help="image, and its words in the prompt; repeat"
+
+    def add(group: Any, name: str, **keywords: Any) -> None:
+        group.add_argument(f"--{name}", **keywords)
+
+    what = p.add_argument_group("what to make")
+    add(what, "prompt", metavar="TEXT", help="what the video shows")
+    add(
+        what,
+        "ref",
+        action="append",
+        default=[],
+        metavar="FILE[:WORDS]",
+        help="image, and its words in the prompt; repeat",
     )
-    p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="lines key@@prompt@@image@@image...")
-    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"), metavar="DIR", help="default: outputs")
-    p.add_argument("--seed", type=int, default=3407, help="another seed, another video (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="solver steps")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is twice as fast")
-    p.add_argument("--shift", type=float, help="above 1, more steps are spent near noise")
-    p.add_argument("--solver", help="unipc, dpm++ or euler")
-    p.add_argument("--frames", type=int, help="before the leading ones, which show the canvas, are dropped")
-    p.add_argument("--size", metavar="WxH", help="pixels")
-    p.add_argument("--layout", help="of the canvas: v1 or v2; v2:input or v2:2,0,1 pins the order of the references")
-    p.add_argument("--mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
-    p.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="added to the transformer; repeat"
+    add(
+        what,
+        "background",
+        action="append",
+        default=[],
+        metavar="FILE[:WORDS]",
+        help="image of the surroundings; repeat",
     )
-    p.add_argument("--no_metadata", action="store_true", help="do not store prompt and settings in the mp4")
+    add(what, "subjects", metavar="WORDS,...", help="the words of each --ref, in place of FILE:WORDS")
+    add(
+        what,
+        "prompts",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="many cases: .txt (key@@prompt@@image...), .json, .jsonl, .csv",
+    )
+    add(what, "negative", metavar="TEXT", help="what to lead away from")
+    add(what, "seed", type=int, default=3407, help="another seed, another video (default: %(default)s)")
+    add(what, "size", metavar="WxH", help="pixels; or 480p, 480p-portrait, 720p, 720p-portrait")
+    add(what, "height", type=int, help=argparse.SUPPRESS)
+    add(what, "width", type=int, help=argparse.SUPPRESS)
+    add(what, "frames", type=int, help="before the leading ones, which show the canvas, are dropped")
+    add(what, "fps", type=float, help="frames per second of the file")
+    add(what, "layout", help="of the canvas: v1 or v2; v2:input or v2:2,0,1 pins the order of the references")
+    add(what, "strict_parity", action="store_true", help="read images as the official code: no EXIF, no transparency")
+
+    how = p.add_argument_group("how to make it")
+    add(how, "model", type=pathlib.Path, default=BUNDLED / "emoji", metavar="DIR", help="model folder")
+    add(how, "lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="added to the transformer; repeat")
+    add(how, "steps", type=int, help="solver steps")
+    add(how, "guidance", type=float, help="how strictly to follow the prompt; 1 is twice as fast")
+    add(how, "shift", type=float, help="above 1, more steps are spent near noise")
+    add(how, "solver", help="unipc, dpm++ or euler")
+    add(how, "step_cache", metavar="FILE[:THRESHOLD]", help="skip steps by a table of magref_jax.evaluation.step_cache")
+    add(how, "batch_size", type=int, default=1, help="cases at once (default: %(default)s)")
+    add(how, "mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
+    add(
+        how,
+        "compile_cache",
+        metavar="DIR",
+        help="compiled programs; 'none' for no cache (default: ~/.cache/magref_jax)",
+    )
+
+    where = p.add_argument_group("where it goes")
+    add(where, "out", type=pathlib.Path, default=pathlib.Path("outputs"), metavar="DIR", help="default: outputs")
+    add(
+        where,
+        "dry_run",
+        action="store_true",
+        help="check everything, draw the canvases, say what it will cost; no weights",
+    )
+    add(where, "resume", action="store_true", help="keep the videos that are finished, make the others")
+    add(where, "overwrite", action="store_true", help="replace files that are there")
+    add(where, "no_metadata", action="store_true", help="do not store prompt and settings in the mp4")
     return p
+
+
+def spelled_as_ours(argv: Sequence[str]) -> list[str]:
+    """A command line with the option names of Wan, MAGREF and diffusers replaced by ours."""
+    ours = {action.dest for action in parser()._actions}
+    names = {alias: name for name in ours for alias in ALIASES.get(name, ()) if alias not in ours}
+    names |= {alias: "ref" for alias in ALIASES["references"] if alias not in ours}
+    words = []
+    for word in argv:
+        option, equals, value = word.partition("=")
+        known = option.startswith("--") and option[2:] in names
+        words.append(f"--{names[option[2:]]}{equals}{value}" if known else word)
+    return words
 
 
 def read_overrides(arguments: argparse.Namespace, config: ModelConfig, checks: Checks) -> dict[str, Any]:
     """The sampling options that differ from the model folder's, each checked against the model."""
-    size = re.fullmatch(r"(\d+)[xX*](\d+)", arguments.size or "")
-    if arguments.size is not None and size is None:
-        checks.problems.append(f"--size {arguments.size}: must be WIDTHxHEIGHT in pixels, such as 832x480.")
-    layout = None if arguments.layout is None else arguments.layout.partition(":")[0]
+    size = (
+        None if arguments.size is None else checks.attempt(f"--size {arguments.size}", prompts.size_of, arguments.size)
+    )
+    if arguments.size is not None and (arguments.height or arguments.width):
+        checks.problems.append("--size, and also --height or --width: give one of the two.")
     flags = {
-        "--steps": {"num_inference_steps": arguments.steps},
-        "--guidance": {"guidance_scale": arguments.guidance},
-        "--shift": {"flow_shift": arguments.shift},
-        "--solver": {"solver": arguments.solver},
-        "--frames": {"num_frames": arguments.frames},
-        "--size": {} if size is None else {"width": int(size[1]), "height": int(size[2])},
-        "--layout": {"layout": layout},
+        "steps": {"num_inference_steps": arguments.steps},
+        "guidance": {"guidance_scale": arguments.guidance},
+        "shift": {"flow_shift": arguments.shift},
+        "solver": {"solver": arguments.solver},
+        "frames": {"num_frames": arguments.frames},
+        "size": {} if size is None else {"width": size[0], "height": size[1]},
+        "height": {"height": arguments.height},
+        "width": {"width": arguments.width},
+        "layout": {"layout": None if arguments.layout is None else arguments.layout.partition(":")[0]},
+        "negative": {"negative_prompt": arguments.negative},
     }
     overrides = {}
     for flag, fields in flags.items():
         given = {name: value for name, value in fields.items() if value is not None}
         if given:
-            checks.attempt(f"{flag} {getattr(arguments, flag[2:])}", pipeline.with_sampling, config, **given)
+            checks.attempt(f"--{flag} {getattr(arguments, flag)}", pipeline.with_sampling, config, **given)
             overrides |= given
     return overrides
 
@@ -97,55 +168,52 @@ def read_loras(arguments: argparse.Namespace, config: ModelConfig, checks: Check
     return loras
 
 
-def read_lines(arguments: argparse.Namespace, checks: Checks) -> list[Line]:
+def read_entries(arguments: argparse.Namespace, checks: Checks) -> list[Entry]:
     if arguments.prompt is not None and arguments.prompts is not None:
         checks.problems.append("--prompt and --prompts: give one of the two.")
-    elif arguments.prompt is not None and not arguments.prompt.strip():
-        checks.problems.append("--prompt: there are no words in it.")
     elif arguments.prompt is not None:
-        key = safe_key(arguments.prompt) or "video"
-        return [
-            Line("--ref" if arguments.ref else "--prompt", key, arguments.prompt, tuple(arguments.ref), pathlib.Path())
-        ]
-    elif arguments.ref:
+        find = prompts.files_beside(pathlib.Path())
+        references = arguments.ref + arguments.background
+        roles = ["subject"] * len(arguments.ref) + ["background"] * len(arguments.background)
+        fields = {
+            "prompt": arguments.prompt,
+            # One may be several, "a.png,b.png".
+            "references": references[0] if len(references) == 1 else references,
+            "roles": roles if arguments.background else None,
+            "subjects": arguments.subjects,
+        }
+        entry = prompts.read_fields("--prompt", fields, find, checks)
+        return [] if entry is None else [entry]
+    elif arguments.ref or arguments.background or arguments.subjects:
         checks.problems.append(
-            f"--ref {arguments.ref[0]}: needs --prompt; with --prompts, put it into a line of the file."
+            "--ref, --background and --subjects need --prompt; with --prompts, put them into the file."
         )
     else:
-        lines = read_prompt_file(arguments.prompts or BUNDLED / "examples" / "examples.txt", checks)
-        check_keys(lines, checks)
-        return lines
+        return prompts.read_entries(arguments.prompts or BUNDLED / "examples" / "examples.txt", checks)
     return []
 
 
-def save_image(image: Image.Image, path: pathlib.Path) -> None:
-    with replacing(path) as part:
-        image.save(part, format="PNG")
-
-
-def write_outputs(
-    line: Line,
-    request: pipeline.Request,
-    video: pipeline.Video,
-    arguments: argparse.Namespace,
-    config: ModelConfig,
-) -> SheetRow:
-    metadata = {"prompt": line.prompt, "references": line.references, "seed": arguments.seed, "key": line.key}
-    metadata |= {"loras": arguments.lora} if arguments.lora else {}
-    metadata |= dataclasses.asdict(config.sampling) | {"model": arguments.model.name}
-    path = arguments.out / f"{line.key}.mp4"
-    write_video(path, video.frames, config.fps, None if arguments.no_metadata else metadata)
-    canvas = video.case.canvas
-    save_image(
-        draw_regions(canvas, [words if isinstance(words, str) else "" for words in request.subjects]),
-        path.with_name(f"{line.key}_canvas.png"),
+def run_settings(arguments: argparse.Namespace, config: ModelConfig, checks: Checks) -> batches.RunSettings:
+    loras: list[outputs.LoraSettings] = []
+    for text in arguments.lora:
+        path, strength = split_strength(text)
+        loras.append({**outputs.file_settings(path), "strength": strength})
+    plan = arguments.step_cache and checks.attempt(
+        f"--step_cache {arguments.step_cache}", load_plan, arguments.step_cache, config.sampling
     )
-    return SheetRow(
-        references=request.images, canvas=Image.fromarray(canvas.image), frames=video.frames, caption=line.prompt
+    return batches.RunSettings(
+        seed=arguments.seed,
+        fps=config.fps,
+        model=outputs.file_settings(arguments.model),
+        order=(arguments.layout or "").partition(":")[2] or None,
+        loras=tuple(loras),
+        step_plan=plan or None,
+        strict_parity=arguments.strict_parity,
+        store_metadata=not arguments.no_metadata,
     )
 
 
-def what_next(line: Line, arguments: argparse.Namespace) -> str:
+def what_next(entry: Entry, arguments: argparse.Namespace) -> str:
     """A command that does something a little different from what was just done."""
     if arguments.prompt is None and arguments.prompts is None:
         image = pathlib.Path(os.path.relpath(BUNDLED / "examples" / "penguin.png"))
@@ -153,68 +221,138 @@ def what_next(line: Line, arguments: argparse.Namespace) -> str:
     elif arguments.prompt is None:
         words = ["--prompts", str(arguments.prompts), "--seed", str(arguments.seed + 1)]
     else:
-        references = [word for reference in line.references for word in ("--ref", reference)]
-        words = ["--prompt", line.prompt, *references, "--seed", str(arguments.seed + 1)]
+        given = {"prompt": [entry.prompt], "ref": arguments.ref, "background": arguments.background}
+        given["subjects"] = [arguments.subjects] if arguments.subjects else []
+        words = [word for flag, texts in given.items() for text in texts for word in _option(flag, text)]
+        words += ["--seed", str(arguments.seed + 1)]
     words += [word for lora in arguments.lora for word in ("--lora", lora)]
     if arguments.model != BUNDLED / "emoji":
         words = ["--model", str(arguments.model), *words]
-    return shlex.join(["python", "sample.py", *words])
+    return shlex.join(["python", "sample.py", *words, "--out", f"{arguments.out}_next"])
+
+
+def _option(flag: str, text: str) -> list[str]:
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]  # or it would be read as an option
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(spelled_as_ours(argv))
     checks = Checks()
+    if arguments.compile_cache != "none":
+        batches.set_compilation_cache(pathlib.Path(arguments.compile_cache or default_cache()))
+
+    # First what concerns all cases: with wrong options, every line would repeat what is wrong with them.
     config = checks.attempt(f"--model {arguments.model}", load_model_config, arguments.model)
     tokenizer = config and checks.attempt(f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model)
     overrides = {} if config is None else read_overrides(arguments, config, checks)
     loras = [] if config is None else read_loras(arguments, config, checks)
     mesh = arguments.mesh and checks.attempt(f"--mesh {arguments.mesh}", sharding.make_mesh, arguments.mesh)
-    if arguments.out.exists() and not arguments.out.is_dir():
-        checks.problems.append(f"--out {arguments.out}: is a file; it must be a folder.")
-    order = (arguments.layout or "").partition(":")[2] or None
-    # With wrong options, every line would repeat what is wrong with them.
-    config = None if config is None or checks.problems else pipeline.with_sampling(config, **overrides)
-    lines, requests = read_lines(arguments, checks), []
-    for line in lines:
-        references = read_references(line, checks)
-        if references is not None:
-            requests.append(pipeline.Request(line.prompt, *references, arguments.seed, order, line.key))
-            if config is not None:
-                checks.attempt(line.where, pipeline.prepare, config, tokenizer, requests[-1])
+    for flag in ("seed", "batch_size"):
+        if getattr(arguments, flag) < (flag == "batch_size"):
+            checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {int(flag == 'batch_size')} or more.")
+    if arguments.fps is not None and not 0 < arguments.fps < 1000:
+        checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
+    checks.attempt(
+        f"--out {arguments.out}", outputs.keep_finished, arguments.out, []
+    )  # only whether it can be written to
+    wrong_options = bool(checks.problems)
+    entries = read_entries(arguments, checks)
+    if config is None or tokenizer is None or wrong_options:
+        checks.stop()
+    config = dataclasses.replace(config, fps=arguments.fps or config.fps)
+    config = pipeline.with_sampling(config, **overrides)
+    run = checks.attempt("--model", run_settings, arguments, config, checks)
+
+    def resolve(**fields: Any) -> SamplingConfig:
+        return pipeline.with_sampling(config, **fields).sampling
+
+    takes = pipeline.takes_references(config)
+    checked = prompts.check_entries(
+        entries, checks, resolve, takes_references=takes, strict_parity=arguments.strict_parity
+    )
+    if run is not None and run.order is not None:
+        for case in checked:
+            sizes = len(case.entry.references), case.sampling.layout
+            checks.attempt(f"{case.entry.where}: --layout {arguments.layout}", assign, *sizes, run.order)
+    text_tokens = batches.check_tokens(config, tokenizer, checked, checks)
+    if run is None or checks.problems:
+        checks.stop()
+    cases = [batches.plan_case(case, run) for case in checked]
+    kept: frozenset[str] = frozenset()
+    if not arguments.dry_run:
+        keep = functools.partial(outputs.keep_finished, resume=arguments.resume, overwrite=arguments.overwrite)
+        kept = checks.attempt(f"--out {arguments.out}", keep, arguments.out, [case.settings for case in cases]) or kept
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
-    if config is None or checks.problems:
+    if checks.problems:
         checks.stop()
+    checks.show_notes()
 
+    work = batches.make_batches(cases, arguments.batch_size)
+    options = {"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan}
+    if arguments.dry_run:
+        try:
+            dry_run(arguments.model, config, tokenizer, work, arguments.out, mesh=mesh or None, **options)
+        except (ValueError, OSError) as error:
+            sys.exit(f"sample.py: {error}")
+        return
+    files.remove_leftovers(arguments.out)
     for lora, _ in loras:
         print(lora.report)
+    clock, model = batches.Clock(), None
+    todo = [batch for batch in work if any(case.key not in kept for case in batch)]
+    if todo:
+        try:
+            with clock.measure("loading"):
+                model = pipeline.load(arguments.model, mesh=mesh or None, loras=loras)
+        except (ValueError, OSError) as error:
+            sys.exit(f"sample.py: --model {arguments.model}: {error}")
+        model = dataclasses.replace(model, config=config)
+
+    reports: list[outputs.CaseReport] = []
     try:
-        model = pipeline.load(arguments.model, mesh=mesh, loras=loras)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: --model {arguments.model}: {error}")
+        with tqdm(total=sum(batch[0].sampling.num_inference_steps for batch in todo), unit="step") as bar:
 
-    rows: list[SheetRow] = []
-    batch_size = sharding.batch_multiple(mesh)
-    starts = range(0, len(requests), batch_size)
-    with tqdm(total=len(starts) * config.sampling.num_inference_steps, unit="step") as bar:
+            def on_batch(batch: Sequence[batches.PlannedCase]) -> None:
+                bar.set_description(", ".join(case.key for case in batch)[:40])
+                bar.set_postfix_str("compiling" if not bar.n else "")
 
-        def on_step(step: int) -> None:
-            bar.set_postfix_str("", refresh=False)
-            bar.update()
+            def on_step(step: int) -> None:
+                bar.set_postfix_str("", refresh=False)
+                bar.update()
 
-        bar.set_postfix_str("compiling")
-        for start in starts:
-            batch = requests[start : start + batch_size]
-            bar.set_description(", ".join(request.key for request in batch)[:40])
-            videos = pipeline.generate(model, batch, on_step=on_step, **overrides)
-            jax.effects_barrier()
-            for line, request, video in zip(lines[start:], batch, videos, strict=False):
-                rows.append(write_outputs(line, request, video, arguments, config))
-                del rows[SHEET_ROWS:]
-                tqdm.write(f"wrote {arguments.out / request.key}.mp4 and _canvas.png")
-    save_image(contact_sheet(rows), arguments.out / "contact_sheet.png")
-    print(f"wrote {arguments.out / 'contact_sheet.png'}")
-    print(f"next: {what_next(lines[0], arguments)}")
+            for report in batches.run_batches(
+                model, work, arguments.out, kept=kept, clock=clock, on_batch=on_batch, on_step=on_step, **options
+            ):
+                reports.append(report)
+                if report.status != "kept":
+                    tqdm.write(f"{report.key}: {report.status}")
+    finally:
+        outputs.write_run(
+            arguments.out,
+            reports,
+            arguments=argv,
+            config=config,
+            timings=clock.seconds,
+            mesh=mesh or None,
+        )
+    by_key = {case.key: case for case in cases}
+    digests = {case.key: case.digest for case in cases}
+
+    def references(key: str) -> list[Image.Image]:
+        try:
+            return by_key[key].read_images()
+        except (ValueError, OSError):  # gone or changed since its video was made
+            return []
+
+    sheet = outputs.write_contact_sheet(arguments.out, digests, references)
+    print(outputs.summary_table(reports))
+    if sheet is not None:
+        print(f"wrote {sheet}")
+    if any(report.status.startswith("failed") for report in reports):
+        sys.exit(3)
+    print(f"next: {what_next(cases[0].checked.entry, arguments)}")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,30 @@ def open_params(folder: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
     return {path: store.result() for path, store in stores.items()}
 
 
+def stored_params(folder: pathlib.Path, abstract_params: Params) -> Params:
+    """The parameters of a folder as shapes, with the dtypes they are stored in; shardings are those of `abstract_params`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: names or shapes differ from `abstract_params`.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; expected the parameters of a network there.")
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(folder).item_metadata.tree
+    problems = _differences(found, abstract_params)
+    if problems:
+        raise ValueError(f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems))
+    return jax.tree.map(
+        lambda stored, expected: jax.ShapeDtypeStruct(
+            expected.shape, stored.dtype, sharding=getattr(expected, "sharding", None)
+        ),
+        found,
+        abstract_params,
+    )
+
+
 def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
     """Reads parameters in the dtype they are stored in, into the shardings of `abstract_params`.
 
@@ -172,23 +196,13 @@ def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
         FileNotFoundError: there is no such folder.
         ValueError: names or shapes differ from `abstract_params`.
     """
-    folder = folder.absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; expected the parameters of a network there.")
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def target(stored: Any, expected: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(expected, "sharding", None) or first_device
-        return jax.ShapeDtypeStruct(expected.shape, stored.dtype, sharding=sharding)
-
+    targets = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device),
+        stored_params(folder, abstract_params),
+    )
     with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(folder).item_metadata.tree
-        problems = _differences(found, abstract_params)
-        if problems:
-            raise ValueError(
-                f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems)
-            )
-        return checkpointer.restore(folder, jax.tree.map(target, found, abstract_params))
+        return checkpointer.restore(folder.absolute(), targets)
 
 
 def _differences(found: Params, expected: Params, limit: int = 5) -> list[str]:
@@ -237,9 +251,16 @@ def restore_model(
         FileNotFoundError: the folder or a network is missing.
         ValueError: a file differs from the manifest, or parameters from the config.
     """
-    verify_manifest(folder, contents=verify)
+    verify_manifest(folder, contents=False)
     config = load_model_config(folder)
-    return config, {name: restore_params(folder / name, tree) for name, tree in abstract_params.items()}
+    # Contents are read twice, to compare and to compute with, at the same time and all networks side by side.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        verified = pool.submit(verify_manifest, folder) if verify else None
+        pending = {name: pool.submit(restore_params, folder / name, tree) for name, tree in abstract_params.items()}
+        concurrent.futures.wait(pending.values())
+        if verified is not None:  # first: what is damaged says more than what could not be read because of it
+            verified.result()
+        return config, {name: restored.result() for name, restored in pending.items()}
 
 
 def _entries(folder: pathlib.Path, contents: bool) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import linen as nn
+from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from PIL import Image
 
 from magref_jax.checkpoint import NETWORKS, Params, restore_model
@@ -37,18 +38,28 @@ from magref_jax.conditioning.case import (
     prepare_case,
     stack_cases,
 )
-from magref_jax.conditioning.inputs import Conditioning, concatenate_channels
+from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, drop_text
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import ImageEncoderConfig, ModelConfig, load_model_config
 from magref_jax.convert.lora import Lora, apply_loras, read_lora
 from magref_jax.diffusion.flow import make_schedule
-from magref_jax.diffusion.sampling import VelocityFn, denoise, guidance_branches
+from magref_jax.diffusion.sampling import (
+    FINITE,
+    PlanArrays,
+    SamplingState,
+    VelocityFn,
+    advance,
+    guidance_branches,
+    plan_arrays,
+    start,
+)
+from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.models import vae
-from magref_jax.models.dit import DiT, SubjectInjection
+from magref_jax.models.dit import Context, DiT, SubjectInjection, encode_context
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
 from magref_jax.models.text_encoder import TextEncoder
-from magref_jax.sharding import PARAM_SPECS, batch_multiple, batch_sharding, param_shardings
+from magref_jax.sharding import PARAM_SPECS, batch_multiple, constrain_batch, param_shardings, shard_batch
 from magref_jax.video import to_uint8
 
 # Pixels of a clip from which on the VAE works through it piece by piece. Below, one pass is faster and its memory small.
@@ -124,8 +135,14 @@ def velocity_fn(
     dit_params: Params,
     conditioning: Conditioning,
     frame_positions: Sequence[int] | None = None,
+    context: Context | None = None,
 ) -> VelocityFn:
-    """The DiT as a function of noisy latents and timesteps."""
+    """The DiT as a function of noisy latents and timesteps.
+
+    Fewer text tokens than the model's `text_len` end with one that stands for all the padding. `context` is what
+    `encode_context` made of the conditioning's text and image.
+    """
+    padding_repeats = config.dit.text_len - conditioning.text_embeddings.shape[1] + 1
 
     def velocity(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
         subjects = None
@@ -135,8 +152,10 @@ def velocity_fn(
             {"params": dit_params},
             concatenate_channels(latents, conditioning),
             timesteps,
-            conditioning.text_embeddings,
-            conditioning.image_embeddings,
+            conditioning.text_embeddings if context is None else None,
+            conditioning.image_embeddings if context is None else None,
+            context=context,
+            padding_repeats=padding_repeats,
             subjects=subjects,
             subject_alpha=config.subject_alpha,
             frame_positions=frame_positions,
@@ -175,6 +194,7 @@ class Model:
         subjects: Sequence[Sequence[Subject | str | None]] | None = None,
         on_step: Callable[[int], None] | None = None,
         return_trajectory: bool = False,
+        step_plan: StepPlan | None = None,
     ) -> "Result":
         """The videos of B prompts with their references, as one batch.
 
@@ -199,8 +219,9 @@ class Model:
             initial_noise: In place of noise drawn from the seed.
             mask_mode: "region" marks the references in the DiT's mask, "full" the whole first frame.
             subjects: `subjects[b][k]` are the words of reference k in prompt b, or None.
-            on_step: Called with the index of each finished solver step. Another function means another compilation.
-            return_trajectory: Also return the latents after every step; a compilation of its own.
+            on_step: Called with the index of each finished solver step.
+            return_trajectory: Also return the latents and the velocity after every step.
+            step_plan: In which steps the network is not evaluated; see `magref_jax.diffusion.step_cache`.
 
         Raises:
             ValueError: an option or a case that this model cannot take, or lists of different lengths.
@@ -220,7 +241,7 @@ class Model:
             )
             for index, prompt in enumerate(prompts)
         ]
-        sampling = {
+        sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
             "num_frames": num_frames,
             "height": height,
@@ -238,6 +259,7 @@ class Model:
             initial_noise=initial_noise,
             on_step=on_step,
             return_trajectory=return_trajectory,
+            step_plan=step_plan,
             **{name: value for name, value in sampling.items() if value is not None},
         )
 
@@ -271,17 +293,11 @@ def load(
     """
     folder = pathlib.Path(folder)
     config = load_model_config(folder)
-    abstract = abstract_params(config)
+    abstract = place_params(mesh, abstract_params(config))
     found = [
         (lora if isinstance(lora, Lora) else read_lora(lora, config.dit, abstract["dit"]), strength)
         for lora, strength in loras
     ]
-    if mesh is not None:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            _param_shardings(mesh, abstract),
-        )
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.text_encoder.vocab_size:  # the lookup would return NaN
         raise ValueError(
@@ -300,6 +316,17 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
+def place_params(mesh: Mesh | None, abstract: dict[str, Params]) -> dict[str, Params]:
+    """Shapes and dtypes of parameters with where a mesh holds them."""
+    if mesh is None:
+        return abstract
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        _param_shardings(mesh, abstract),
+    )
+
+
 def _param_shardings(mesh: Mesh, params: dict[str, Params]) -> dict[str, Params]:
     return {name: param_shardings(mesh, tree, PARAM_SPECS[name]) for name, tree in params.items()}
 
@@ -308,7 +335,8 @@ def _param_shardings(mesh: Mesh, params: dict[str, Params]) -> dict[str, Params]
 class Request:
     """One video to make. `subjects[i]` are the words of reference i in the prompt, or None.
 
-    Noise is a function of (seed, key). So is the order of the references on the canvas, unless it is given.
+    Noise is a function of (seed, key). So is the order of the references on the canvas, unless it is given. `roles` see
+    `canvas.compose_canvas`.
     """
 
     prompt: str
@@ -317,14 +345,17 @@ class Request:
     seed: int = 0
     order: canvas.Order | None = None
     key: str = ""  # the name of this video among others of the same seed
+    roles: Sequence[canvas.Role] = ()
+    negative_prompt: str | None = None  # that of the sampling options if None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """A finished video, and the case it answers."""
+    """A finished video, and the case it answers. `failure` says why the frames mean nothing, if they do not."""
 
     frames: UInt8[np.ndarray, "F H W 3"]  # without the leading frames that show the canvas
     case: Case
+    failure: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -334,7 +365,9 @@ class Result:
     frames: UInt8[np.ndarray, "B F H W 3"]  # without the leading frames that show the canvas
     latents: Float32[np.ndarray, "B f h w C"]  # normalised, of all frames: what the VAE decodes
     cases: tuple[Case, ...]
+    failures: tuple[str | None, ...]  # where NaN or infinity appeared first; None for a good video
     trajectory: Float32[np.ndarray, "N B f h w C"] | None = None  # the latents after every step, if asked for
+    velocities: Float32[np.ndarray, "N B f h w C"] | None = None  # guided, of every step, if asked for
 
     @property
     def canvas(self) -> UInt8[np.ndarray, "B H W 3"]:
@@ -346,7 +379,7 @@ class Result:
         return np.stack([case.region_mask for case in self.cases])
 
     def __iter__(self) -> Iterator[Video]:
-        return map(Video, self.frames, self.cases)
+        return map(Video, self.frames, self.cases, self.failures)
 
 
 def _digest(request: Request) -> bytes:
@@ -398,6 +431,15 @@ def prepare(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
         height=config.sampling.height,
         width=config.sampling.width,
         order=int.from_bytes(_digest(request)[8:12], "big") if order is None else order,
+        roles=request.roles,
+    )
+
+
+def _negative(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
+    given = request.negative_prompt
+    prompt = config.sampling.negative_prompt if given is None else given
+    return prepare_case(
+        config, tokenizer, prompt, (), num_frames=1, height=config.sampling.height, width=config.sampling.width
     )
 
 
@@ -420,44 +462,162 @@ def _latent_shape(config: ModelConfig) -> tuple[int, ...]:
     return num_latent_frames, sampling.height // stride, sampling.width // stride, config.vae.latent_channels
 
 
-@functools.partial(jax.jit, static_argnames=("config", "on_step", "return_trajectory"))
-def _sample(
+TEXT_BUCKET = 64  # tokens; prompts of different lengths share a compilation
+
+
+def count_text_tokens(config: ModelConfig, lengths: Iterable[int]) -> int:
+    """How many text tokens the DiT must see for prompts of these lengths, in tokens, the last standing for the padding."""
+    needed = max(lengths, default=0) + 1
+    return min(-(-needed // TEXT_BUCKET) * TEXT_BUCKET, config.dit.text_len)
+
+
+@struct.dataclass
+class DiTInputs:
+    """What every step reads besides noise and time, of K·B samples: the branches of guidance one after the other."""
+
+    conditioning: Conditioning
+    context: Context
+
+
+def _guidance(config: ModelConfig) -> dict[str, float]:
+    return guidance_branches(config.sampling.guidance_scale)
+
+
+def _shape_config(config: ModelConfig) -> ModelConfig:
+    """The config without what is an argument of the programs already and would only ask for another compilation."""
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _encode(
     params: dict[str, Params],
     arrays: dict[str, Array],
-    negative: tuple[Int32[Array, "1 T"], Int32[Array, "1 T"]],
     noise: Float[Array, "B f h w C"],
     *,
     config: ModelConfig,
-    on_step: Callable[[int], None] | None,
-    return_trajectory: bool,
-) -> tuple[UInt8[Array, "B F H W 3"], Float32[Array, "B f h w C"], Float32[Array, "N B f h w C"] | None]:
-    """From prepared cases to frames, latents and trajectory, one program: encoders, solver loop, decoder."""
-    sampling = config.sampling
+    mesh: Mesh | None,
+) -> tuple[DiTInputs, SamplingState, dict[str, Bool[Array, "B"]]]:
+    """What the DiT reads of prepared cases, the state to begin with, and whether each part is finite, per case."""
     networks = encoders(config, params)
-    conditioning = encode_cases(networks, arrays, sampling.num_frames)
-    guidance = guidance_branches(sampling.guidance_scale)
+    negative = {name: arrays.pop(f"negative_{name}") for name in ("token_ids", "attention_mask")}
+    conditioning = encode_cases(networks, arrays, config.sampling.num_frames)
     branches = {"conditional": conditioning}
-    if "unconditional" in guidance:
-        text = encode_text(networks, *negative)
-        branches["unconditional"] = dataclasses.replace(
-            conditioning,
-            text_embeddings=jnp.broadcast_to(text, conditioning.text_embeddings.shape),
-            subject_tokens=None,
-            subject_regions=None,
-        )
-    latents = denoise(
-        {name: velocity_fn(config, params["dit"], branch) for name, branch in branches.items()},
-        noise,
+    if "unconditional" in _guidance(config):
+        null_text = encode_text(networks, negative["token_ids"], negative["attention_mask"])
+        branches["unconditional"] = drop_text(conditioning, jnp.zeros(len(noise), bool), null_text)
+    chosen = [branches[name] for name in _guidance(config)]
+    finite = {
+        name: jnp.stack([_is_finite(getattr(branch, name)) for branch in chosen]).all(axis=0)
+        for name in ("text_embeddings", "image_embeddings", "reference_latents")
+        if getattr(conditioning, name) is not None
+    }
+    stacked = constrain_batch(mesh, jax.tree.map(lambda *parts: jnp.concatenate(parts), *chosen))
+    context = encode_context(config.dit, params["dit"], stacked.text_embeddings, stacked.image_embeddings)
+    state = constrain_batch(mesh, start(noise, config.sampling.solver))
+    return DiTInputs(stacked, constrain_batch(mesh, context, axis=1)), state, finite
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _advance(
+    dit_params: Params,
+    inputs: DiTInputs,
+    state: SamplingState,
+    stop: Int32[Array, ""],
+    step_plan: PlanArrays | None,
+    *,
+    config: ModelConfig,
+    mesh: Mesh | None,
+) -> SamplingState:
+    """The solver's steps until `stop`, all branches of guidance in one batch."""
+    sampling = config.sampling
+    network = velocity_fn(config, dit_params, inputs.conditioning, context=inputs.context)
+    state = advance(
+        lambda latents, timesteps: network(constrain_batch(mesh, latents), timesteps),
+        state,
         make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift),
+        stop,
         solver=sampling.solver,
-        guidance=guidance,
-        on_step=on_step,
-        return_trajectory=return_trajectory,
+        guidance=_guidance(config),
+        step_plan=step_plan,
     )
-    trajectory = latents if return_trajectory else None
-    latents = latents if trajectory is None else trajectory[-1]
-    frames = to_uint8(decode(config, params["vae"], latents)[:, config.drop_frames :])
-    return jnp.asarray(frames), latents, trajectory
+    # As it came: the next call is to find the program of this one.
+    return constrain_batch(mesh, state)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decode(
+    vae_params: Params, latents: Float[Array, "B f h w C"], *, config: ModelConfig
+) -> tuple[UInt8[Array, "B F H W 3"], Bool[Array, "B"]]:
+    """The frames of a clip, without those that show the canvas, and whether all of a clip's values were finite."""
+    frames = decode(config, vae_params, latents)
+    return jnp.asarray(to_uint8(frames))[:, config.drop_frames :], _is_finite(frames)
+
+
+def _is_finite(values: Float[Array, "B *rest"]) -> Bool[Array, "B"]:
+    return jnp.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+
+
+def _prepare_batch(
+    config: ModelConfig,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    initial_noise: Float[np.ndarray, "B f h w C"] | None,
+    mesh: Mesh | None,
+    batch_size: int | None,
+    text_tokens: int | None,
+) -> tuple[list[Case], dict[str, Array], Float32[Array, "B f h w C"]]:
+    """The cases, and the arrays and the noise of a batch that is filled up with the last of them."""
+    if not requests:
+        raise ValueError("There is no video to make: the batch is empty.")
+    cases = [prepare(config, tokenizer, request) for request in requests]
+    negatives = [_negative(config, tokenizer, request) for request in requests]
+    needed = count_text_tokens(config, (int(case.attention_mask.sum()) for case in cases + negatives))
+    text_tokens = needed if text_tokens is None else text_tokens
+    if not needed <= text_tokens <= config.dit.text_len:
+        raise ValueError(f"text_tokens={text_tokens} must be {needed} to {config.dit.text_len} for these prompts.")
+    if initial_noise is None:
+        noise = [draw_noise(config, request) for request in requests]
+    elif np.shape(initial_noise) == (expected := (len(requests), *_latent_shape(config))):
+        noise = list(np.asarray(initial_noise, np.float32))
+    else:
+        raise ValueError(f"initial_noise has shape {np.shape(initial_noise)}, expected {expected}.")
+
+    rows = max(len(requests), batch_size or 1)
+    rows += -rows % batch_multiple(mesh, len(_guidance(config)))
+    chosen = [min(row, len(requests) - 1) for row in range(rows)]
+    arrays = stack_cases([cases[row] for row in chosen])
+    for name in ("token_ids", "attention_mask"):
+        arrays[f"negative_{name}"] = np.stack([getattr(negatives[row], name) for row in chosen])
+    for name in ("token_ids", "attention_mask", "subject_tokens", "negative_token_ids", "negative_attention_mask"):
+        arrays[name] = arrays[name][..., :text_tokens]
+    stacked = np.stack([noise[row] for row in chosen])
+    return cases, *shard_batch(mesh, (arrays, stacked))
+
+
+def lower(
+    config: ModelConfig,
+    tokenizer: Any,
+    params: dict[str, Params],
+    request: Request,
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int = 1,
+    text_tokens: int | None = None,
+    step_plan: StepPlan | None = None,
+) -> dict[str, jax.stages.Lowered]:
+    """The programs that `generate` would run for requests of this size; `params` may be shapes and dtypes alone."""
+    _, arrays, noise = _prepare_batch(config, tokenizer, [request], None, mesh, batch_size, text_tokens)
+    config = _shape_config(config)
+    encode = functools.partial(_encode, config=config, mesh=mesh)
+    inputs, state, _ = jax.eval_shape(encode, params, arrays, noise)
+    step = np.int32(1)
+    return {
+        "encoding": _encode.lower(params, arrays, noise, config=config, mesh=mesh),
+        "sampling": _advance.lower(
+            params["dit"], inputs, state, step, plan_arrays(step_plan), config=config, mesh=mesh
+        ),
+        "decoding": _decode.lower(params["vae"], state.latents, config=config),
+    }
 
 
 def generate(
@@ -467,41 +627,68 @@ def generate(
     initial_noise: Float[np.ndarray, "B f h w C"] | None = None,
     on_step: Callable[[int], None] | None = None,
     return_trajectory: bool = False,
+    step_plan: StepPlan | None = None,
+    batch_size: int | None = None,
+    text_tokens: int | None = None,
     **overrides: Any,
 ) -> Result:
     """The videos of the requests, as one batch: `Model.generate` with a seed, an order and a key for each.
 
-    With a mesh, the number of requests is rounded up to what the mesh divides. `overrides` are fields of `SamplingConfig`.
+    Requests of one size share one compilation, if `text_tokens` is the same (see `count_text_tokens`; by default as many as
+    these requests need). A batch of fewer than `batch_size` is filled up, and so is one that the mesh does not divide.
+    `overrides` are fields of `SamplingConfig`. A video in which NaN appears does not touch the others; see `Result.failures`.
 
     Raises:
         ValueError: an option or a request that this model cannot take, no request, or noise of a wrong shape.
     """
     config = with_sampling(model.config, **overrides)
-    if not requests:
-        raise ValueError("There is no video to make: the batch is empty.")
-    cases = [prepare(config, model.tokenizer, request) for request in requests]
-    if initial_noise is None:
-        noise = [draw_noise(config, request) for request in requests]
-    elif np.shape(initial_noise) == (expected := (len(requests), *_latent_shape(config))):
-        noise = list(np.asarray(initial_noise, np.float32))
-    else:
-        raise ValueError(f"initial_noise has shape {np.shape(initial_noise)}, expected {expected}.")
-    padding = -len(requests) % batch_multiple(model.mesh)
-    batch = (stack_cases(cases + cases[-1:] * padding), np.stack(noise + noise[-1:] * padding))
-    params = model.params
-    if model.mesh is not None:
-        batch = jax.device_put(batch, batch_sharding(model.mesh))
-        params = jax.device_put(params, _param_shardings(model.mesh, params))
-    negative = prepare(config, model.tokenizer, Request(config.sampling.negative_prompt))
-    text = (negative.token_ids[None], negative.attention_mask[None])
-    # The text is an argument of the program already; as a part of the config it would ask for another compilation.
-    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
-    frames, latents, trajectory = _sample(
-        params, batch[0], text, batch[1], config=config, on_step=on_step, return_trajectory=return_trajectory
+    cases, arrays, noise = _prepare_batch(
+        config, model.tokenizer, requests, initial_noise, model.mesh, batch_size, text_tokens
     )
+    params, mesh = model.params, model.mesh
+    if mesh is not None:
+        params = jax.device_put(params, _param_shardings(mesh, params))
+
+    config = _shape_config(config)
+    inputs, state, finite = _encode(params, arrays, noise, config=config, mesh=mesh)
+    num_steps, plan = config.sampling.num_inference_steps, plan_arrays(step_plan)
+    trajectory, velocities, previous = [], [], state
+    for step in range(num_steps):
+        state = _advance(params["dit"], inputs, state, np.int32(step + 1), plan, config=config, mesh=mesh)
+        if return_trajectory:
+            trajectory.append(np.asarray(state.latents)[: len(requests)])
+            velocities.append(np.asarray(state.velocity)[: len(requests)])
+        # The device has this step in its queue while the host waits for the one before.
+        if step and _report(previous, step - 1, on_step):
+            break
+        previous = state
+    else:
+        _report(state, num_steps - 1, on_step)
+    frames, frames_are_finite = _decode(params["vae"], state.latents, config=config)
+
+    failures: list[str | None] = [None] * len(requests)
+    failed_step = np.asarray(state.failed_step)
+    checks = {f"the {name.replace('_', ' ')} are not finite": ~np.asarray(ok) for name, ok in finite.items()}
+    checks |= {
+        f"the latents are not finite after step {step + 1} of {num_steps}": failed_step == step
+        for step in sorted({int(step) for step in failed_step} - {FINITE})
+    }
+    checks["the decoded frames are not finite"] = ~np.asarray(frames_are_finite)
+    for failure, has_failed in checks.items():
+        failures = [earlier or (failure if has_failed[row] else None) for row, earlier in enumerate(failures)]
     return Result(
         frames=np.asarray(frames)[: len(requests)],
-        latents=np.asarray(latents)[: len(requests)],
+        latents=np.asarray(state.latents)[: len(requests)],
         cases=tuple(cases),
-        trajectory=None if trajectory is None else np.asarray(trajectory)[:, : len(requests)],
+        failures=tuple(failures),
+        trajectory=np.stack(trajectory) if return_trajectory else None,
+        velocities=np.stack(velocities) if return_trajectory else None,
     )
+
+
+def _report(state: SamplingState, step: int, on_step: Callable[[int], None] | None) -> bool:
+    """Waits for a step and reports it; whether there is no sample left to go on with."""
+    has_failed = np.asarray(state.failed_step) != FINITE
+    if on_step is not None:
+        on_step(step)
+    return bool(has_failed.all())

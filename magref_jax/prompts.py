@@ -1,42 +1,119 @@
 """What people write to ask for videos: references on a command line and prompt files, read and checked.
 
-A prompt file has one video per line, key@@prompt@@image@@image..., as in the official repository. After an image and a
-colon there may be the words of the prompt that name it. Empty lines and lines that begin with # are skipped.
+A prompt file is one of four formats, by its suffix:
+
+    .txt     key@@prompt@@image@@image..., as in the official repository; lines that begin with # are skipped
+    .json    {id: {"prompt": ..., "img_paths": [...], "class_label": [...]}} as in OpenS2V-Eval, or a list of objects
+    .jsonl   an object per line
+    .csv     a header, and a row per video
+
+Objects and rows have the fields of `FIELDS`. A reference is "FILE", "FILE:WORDS" with the words of the prompt that name
+it, or {"image": ..., "words": ..., "role": ...}. Files are looked for beside the prompt file, then in the working
+directory.
 """
 
+import csv
 import dataclasses
+import functools
+import io
+import json
+import os
 import pathlib
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, ParamSpec, TypeVar
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from PIL import Image
-
-from magref_jax.conditioning.canvas import to_rgb
+from magref_jax import images
+from magref_jax.conditioning.canvas import PLACEMENTS, Role, fitted_size, layout_cells
+from magref_jax.conditioning.subjects import _LETTER, Span, Subject, clean_prompt, find_words
+from magref_jax.config import Layout, SamplingConfig
 
 MAX_KEY = 120  # bytes of a file name, which may have 255
+MAX_BYTES = 64 * 2**20  # of a prompt file; 10,000 long prompts are 20 MB
+MAX_TEXT = 20_000  # characters of a field; the text encoder reads 512 tokens
+MAX_SEED = 2**63 - 1
+SHOWN = 50  # problems; whoever has more will not read them
+MAX_COUNT = 100_000  # frames or pixels along one side, before a model says what it takes
+
+# What we call a field of a row or an option of a run, and what Wan, MAGREF, diffusers and the benchmarks call it.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "key": ("id",),
+    "prompt": (),
+    "references": ("ref", "ref_image", "src_ref_images", "reference_images", "image", "images", "img_paths"),
+    "subjects": (),
+    "class_label": (),
+    "roles": (),
+    "seed": ("base_seed",),
+    "size": (),
+    "height": (),
+    "width": (),
+    "frames": ("num_frames", "frame_num"),
+    "negative": ("negative_prompt", "n_prompt"),
+    # From here on, of a run.
+    "prompts": ("prompt_path",),
+    "out": ("save_dir", "save_path", "output_path"),
+    "steps": ("num_inference_steps", "sample_steps", "infer_steps"),
+    "guidance": ("guidance_scale", "sample_guide_scale"),
+    "shift": ("flow_shift", "sample_shift"),
+    "solver": ("sample_solver",),
+    "fps": ("sample_fps",),
+    "lora": ("lora_weight",),
+    "compile_cache": ("jax_cache_dir",),
+}
+FIELDS = tuple(ALIASES)[: tuple(ALIASES).index("prompts")]
+UNUSED = ("synthesis_flag",)  # written by OpenS2V-Eval, and of no consequence for a video
+_SPELLED = {spelled: name for name in FIELDS for spelled in (name, *ALIASES[name])}
+
+SIZES = {"480p": (832, 480), "480p-portrait": (480, 832), "720p": (1280, 720), "720p-portrait": (720, 1280)}
+
+# Names that Windows keeps for devices, whatever follows the first dot; and `run`, because run.json is the whole run's.
+_RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|run$", re.IGNORECASE)
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Reference:
+    """An image, the words of the prompt that name it, and whether it is something in the video or what is around it."""
+
+    path: pathlib.Path
+    words: str | None = None
+    role: Role = "subject"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
     """A video as it was asked for."""
 
     where: str  # for messages: a flag, or a file and the number of a line
-    key: str
+    key: str  # safe as a file name
     prompt: str
-    references: tuple[str, ...]  # FILE[:WORDS]
-    folder: pathlib.Path  # where files are looked for before the working directory
+    references: tuple[Reference, ...] = ()
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # seed, or a field of SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """An entry that a model can take, and what was learnt on the way."""
+
+    entry: Entry
+    sampling: SamplingConfig  # with the entry's overrides
+    subjects: tuple[Subject | None, ...]  # with their spans in the cleaned prompt
+    sizes: tuple[tuple[int, int], ...]  # width and height of each reference
 
 
 class Checks:
-    """Collects what is wrong, so that one hears of all of it at once."""
+    """Collects what is wrong, so that one hears of all of it at once; `notes` are what one may want to know."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.notes: list[str] = []
 
     def attempt(self, where: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The function's result; if it refuses its arguments, None and one more problem."""
@@ -46,86 +123,584 @@ class Checks:
             self.problems.append(f"{where}: {error}")
             return None
 
-    def stop(self) -> NoReturn:
-        print("sample.py: nothing was written, because of", *self.problems, sep="\n  ", file=sys.stderr)
+    def show_notes(self, limit: int = 10) -> None:
+        if self.notes:
+            print("sample.py: please note", *_listed(self.notes, limit), sep="\n  ", file=sys.stderr)
+
+    def stop(self, limit: int = SHOWN) -> NoReturn:
+        problems = _listed(self.problems, limit)
+        print("sample.py: nothing was written, because of", *problems, sep="\n  ", file=sys.stderr)
         sys.exit(2)
 
 
+def _listed(lines: Sequence[str], limit: int) -> list[str]:
+    lines = list(dict.fromkeys(lines))
+    shown = [line if len(line) <= 600 else f"{line[:600]}..." for line in lines[:limit]]
+    return shown + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])
+
+
+# Long or nested values would hide what is said about them; repr also escapes what would upset a terminal.
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 2
+
+
+def _shown(value: Any) -> str:
+    return _short.repr(value)
+
+
 def safe_key(text: str) -> str:
-    """A file name without folders, made of the letters, digits, '_', '-' and '.' of the text; it may be empty."""
-    key = re.sub(r"[^\w.-]+", "_", text).strip("._")
+    """A file name without folders, of the letters, marks, digits, '_', '-' and '.' of the text; it may be empty."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)  # as macOS would, where both spellings of é are one file
+        # Marks are parts of letters, in Hindi of most words, but no letters to a regular expression.
+        text = "".join(c if c.isalnum() or c in "_-." or unicodedata.category(c)[0] == "M" else "\0" for c in text)
+        key = re.sub("\0+", "_", text)
+    else:
+        key = re.sub(r"[^\w.-]+", "_", text)
+    key = key.strip("._")
+    key = f"_{key}" if _RESERVED.match(key) else key
     return key.encode()[:MAX_KEY].decode(errors="ignore").rstrip("._")
 
 
-def read_prompt_file(path: pathlib.Path, checks: Checks) -> list[Line]:
-    """The lines of a prompt file that can be read; problems with the others go to `checks`."""
-    text = checks.attempt(str(path), path.read_text, encoding="utf-8-sig")
-    lines, written = [], []
-    for number, content in enumerate((text or "").split("\n"), start=1):
-        if not content.strip() or content.lstrip().startswith("#"):
-            continue
-        where = f"{path} line {number}"
-        written.append(where)
-        key, *fields = (field.strip() for field in content.split("@@"))
-        if not fields or not fields[0]:
-            checks.problems.append(f"{where}: must be key@@prompt@@image@@image..., it is {content.strip()!r}.")
-        elif not safe_key(key):
-            checks.problems.append(f"{where}: the key {key!r} has no letter or digit to name a file by.")
-        else:
-            lines.append(Line(where, safe_key(key), fields[0], tuple(filter(None, fields[1:])), path.parent))
-    if text is not None and not written:
-        checks.problems.append(f"{path}: there is no line in it.")
-    return lines
-
-
-def check_keys(lines: Sequence[Line], checks: Checks) -> None:
-    """Two videos cannot have one key."""
-    seen: dict[str, str] = {}
-    for line in lines:
-        # Upper and lower case are one, because they are to the file systems of Windows and macOS.
-        other = seen.setdefault(line.key.casefold(), line.where)
-        if other != line.where:
-            checks.problems.append(f"{line.where}: the key {line.key!r} is taken by {other}; both would be one file.")
-
-
-def split_reference(text: str, folder: pathlib.Path) -> tuple[pathlib.Path, str | None]:
-    """The file and the words of FILE[:WORDS]; the file may have colons of its own, and the longest name that exists wins.
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height of "832x480", "832*480" or "480p".
 
     Raises:
-        ValueError: there is no such file, or nothing after the colon.
+        ValueError: says what it must be.
     """
-    colons = [index for index in range(len(text)) if text[index] == ":"]
-    for cut in [len(text), *reversed(colons)]:
-        for path in (folder / text[:cut], pathlib.Path(text[:cut])):
-            if path.is_file():
-                words = text[cut + 1 :].strip()
-                if cut < len(text) and not words:
-                    raise ValueError(f"{text!r} has no words after its last colon.")
-                return path, words or None
-    raise ValueError(f"there is no image file {text!r}.")
+    numbers = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX*×]\s*([0-9]{1,5})\s*", text)
+    if numbers is not None:
+        return int(numbers[1]), int(numbers[2])
+    if text in SIZES:
+        return SIZES[text]
+    raise ValueError(f"must be WIDTHxHEIGHT in pixels, such as 832x480, or one of {', '.join(SIZES)}.")
 
 
-def read_image(path: pathlib.Path) -> Image.Image:
-    """An image, upright and on white.
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text.")
+    if _NO_TEXT.search(value):
+        raise ValueError("has a character that is no text: a NUL, or half of a surrogate pair.")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"has {len(value)} characters; at most {MAX_TEXT} are read.")
+    return value.strip()
 
-    Raises:
-        ValueError: the file is no image, or a damaged one.
-    """
+
+def _key(value: Any) -> str:
+    key = safe_key(_text(str(value) if type(value) is int else value))
+    if not key:
+        raise ValueError("has no letter or digit to name a file by.")
+    return key
+
+
+def _prompt(value: Any) -> str:
+    text = _text(value)
+    if not _cleaned(text):
+        raise ValueError("has no words.")
+    return text
+
+
+def _whole(value: Any, lowest: int, highest: int) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
+        value = int(value)
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"must be a whole number from {lowest} to {highest}.")
+    return value
+
+
+def _size(value: Any) -> tuple[int, int]:
+    return size_of(_text(value))
+
+
+_count = functools.partial(_whole, lowest=1, highest=MAX_COUNT)
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "key": _key,
+    "prompt": _prompt,
+    "seed": functools.partial(_whole, lowest=0, highest=MAX_SEED),
+    "size": _size,
+    "height": _count,
+    "width": _count,
+    "frames": _count,
+    "negative": _text,
+}
+
+
+def _parsed(name: str, spelled: str, value: Any) -> Any:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
-    except Exception as error:  # whatever the decoder of a damaged file may raise
-        raise ValueError(f"{path} is no image that can be read: {error}") from None
+        return _PARSERS[name](value)
+    except ValueError as error:
+        raise ValueError(f"{spelled}={_shown(value)} {error}") from None
 
 
-def read_references(line: Line, checks: Checks) -> tuple[list[Image.Image], list[str | None]] | None:
-    """Images and words of a line's references; None if one of them is wrong."""
-    images, all_words = [], []
-    for text in line.references:
-        found = checks.attempt(line.where, split_reference, text, line.folder)
-        image = None if found is None else checks.attempt(line.where, read_image, found[0])
-        if found is not None and image is not None:
-            images.append(image)
-            all_words.append(found[1])
-    return (images, all_words) if len(images) == len(line.references) else None
+Find = Callable[[str], pathlib.Path | None]
+
+
+def files_beside(folder: pathlib.Path) -> Find:
+    """From a name to the path that it has in the folder or else in the working directory, whatever is there.
+
+    Each name is looked for once: do not keep the function while files come and go.
+    """
+
+    @functools.cache
+    def find(name: str) -> pathlib.Path | None:
+        paths = (folder / name, pathlib.Path(name)) if name else ()
+        return next((path for path in paths if os.path.exists(path)), None)
+
+    return find
+
+
+def read_fields(where: str, given: Mapping[str, Any], find: Find, checks: Checks) -> Entry | None:
+    """The video that the fields of one object, row or command line ask for; None if one of them is wrong.
+
+    None is as good as absent. Without a key, the prompt names the files. References may be a list, or one string:
+    "a.png;b.png" or "a.png,b.png"; so may subjects and roles.
+    """
+    before = len(checks.problems)
+    fields = _by_name(where, given, checks)
+    values = {
+        name: checks.attempt(where, _parsed, name, *spelled) for name, spelled in fields.items() if name in _PARSERS
+    }
+    prompt, size = values.get("prompt"), values.get("size")
+    if "prompt" not in fields:
+        checks.problems.append(f"{where}: has no prompt.")
+    references = _read_references(where, fields, prompt, find, checks)
+    if size is not None and ("height" in values or "width" in values):
+        checks.problems.append(f"{where}: has a size, and also height or width; give one of the two.")
+    if len(checks.problems) > before or prompt is None:
+        return None
+    overrides = {name: values[field] for field, name in _OVERRIDES.items() if field in values}
+    if size is not None:
+        overrides["width"], overrides["height"] = size
+    return Entry(where, values.get("key") or safe_key(prompt) or "video", prompt, references, overrides)
+
+
+_OVERRIDES = {
+    "seed": "seed",
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "negative": "negative_prompt",
+}
+
+
+def _by_name(where: str, given: Mapping[str, Any], checks: Checks) -> dict[str, tuple[str, Any]]:
+    """By our name of each field, how it is spelled here and its value."""
+    fields: dict[str, tuple[str, Any]] = {}
+    for spelled, value in given.items():
+        name = _SPELLED.get(spelled)
+        if value is None or spelled in UNUSED:
+            continue
+        if name is None:
+            checks.problems.append(f"{where}: the field {_shown(spelled)} is unknown; there are {', '.join(FIELDS)}.")
+        elif name in fields:
+            checks.problems.append(f"{where}: {spelled} and {fields[name][0]} are one field; give one of the two.")
+        else:
+            fields[name] = (spelled, value)
+    return fields
+
+
+def _read_references(
+    where: str, fields: Mapping[str, tuple[str, Any]], prompt: str | None, find: Find, checks: Checks
+) -> tuple[Reference, ...]:
+    spelled, given = fields.get("references", ("references", []))
+    before = len(checks.problems)
+    items = checks.attempt(where, _reference_list, spelled, given, find) or []
+    references = [checks.attempt(where, read_reference, item, find) for item in items]
+    if len(checks.problems) > before:
+        return ()
+    found = [reference for reference in references if reference is not None]
+    merges: dict[str, Callable[[Reference, str], Reference]] = {"subjects": _with_words, "roles": _with_role}
+    for name, merge in merges.items():
+        spelled, given = fields.get(name, (name, None))
+        items = None if given is None else checks.attempt(where, _one_each, spelled, given, len(found))
+        if items is not None:
+            merged = [checks.attempt(where, merge, *pair) for pair in zip(found, items, strict=True)]
+            found = [new or old for new, old in zip(merged, found, strict=True)]
+    if "class_label" in fields and prompt is not None:
+        labels = checks.attempt(where, _texts, *fields["class_label"], len(found))
+        found = [] if labels is None else _with_labels(where, prompt, found, labels, checks)
+    return tuple(found)
+
+
+def _reference_list(spelled: str, given: Any, find: Find) -> list[Any]:
+    if isinstance(given, Mapping):
+        return [given]
+    if isinstance(given, list | tuple):
+        return [item for item in given if item != ""]
+    if not isinstance(given, str):
+        raise ValueError(f"{spelled}={_shown(given)} must be a file, or a list of files.")
+    # The separators may also stand in the name of a file, or in words.
+    whole = given.strip()
+    if find(whole) is None:
+        for separator in ";,":
+            parts = [part.strip() for part in whole.split(separator) if part.strip()]
+            if len(parts) > 1 and all(_find_reference(part, find) is not None for part in parts):
+                return parts
+        if _find_reference(whole, find) is None:
+            return [part.strip() for part in _split(whole) if part.strip()]
+    return [whole]
+
+
+def _split(text: str) -> list[str]:
+    return text.split(";" if ";" in text else ",")
+
+
+def _texts(spelled: str, given: Any, count: int) -> list[str]:
+    """A text for each of `count` references, or for some of them."""
+    if isinstance(given, str):  # with one reference, a comma belongs to its words
+        given = [given] if count == 1 else _split(given)
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{spelled}={_shown(given)} must be a list, or text such as 'fox;ball'.")
+    try:
+        return ["" if item is None else _text(item) for item in given]
+    except ValueError as error:
+        raise ValueError(f"{spelled}={_shown(given)}: each of them {error}") from None
+
+
+def _one_each(spelled: str, given: Any, count: int) -> list[str]:
+    texts = _texts(spelled, given, count)
+    if len(texts) != count:
+        raise ValueError(f"{spelled}={_shown(given)} has {len(texts)} for {count} references; give one each, or ''.")
+    return texts
+
+
+def _with_words(reference: Reference, words: str) -> Reference:
+    if words and reference.words not in (None, words):
+        raise ValueError(f"{reference.path} has two names: {_shown(reference.words)} and {_shown(words)}.")
+    return dataclasses.replace(reference, words=words or reference.words)
+
+
+def _with_role(reference: Reference, role: str) -> Reference:
+    if role and role not in PLACEMENTS:
+        raise ValueError(f"role {_shown(role)} is unknown; choose one of {', '.join(map(repr, PLACEMENTS))}.")
+    return dataclasses.replace(reference, role=role or reference.role)
+
+
+def _with_labels(
+    where: str, prompt: str, references: Sequence[Reference], labels: Sequence[str], checks: Checks
+) -> list[Reference]:
+    """The labels of a benchmark pair with its images, but the prompt may have other words: "mug" for the label "Cup"."""
+    named = list(references)
+    if len(labels) != len(named):
+        checks.notes.append(f"{where}: has {len(labels)} class labels for {len(named)} references.")
+    for index, (reference, label) in enumerate(zip(named, labels, strict=False)):
+        if reference.words is None and label:
+            if _find(_cleaned(prompt), label) is not None:
+                named[index] = dataclasses.replace(reference, words=label)
+            else:
+                checks.notes.append(f"{where}: the class label {_shown(label)} is not in the prompt and names nothing.")
+    return named
+
+
+def read_reference(item: Any, find: Find) -> Reference:
+    """A reference written as FILE, as FILE:WORDS, or as an object with image, words and role.
+
+    The file may have colons of its own, and the longest name that exists wins.
+
+    Raises:
+        ValueError: there is no such file, nothing after the colon, an unknown role, or something of another type.
+    """
+    if isinstance(item, Mapping):
+        unknown = [name for name in item if name not in ("image", "words", "role")]
+        if unknown or not isinstance(item.get("image"), str):
+            raise ValueError(f"the reference {_shown(item)} must have an image, and may have words and a role.")
+        path = find(item["image"].strip())
+        if path is None:
+            raise ValueError(f"there is no image file {_shown(item['image'])}.")
+        words, role = _texts("words and role", [item.get("words"), item.get("role")], 2)
+        return _with_role(_with_words(Reference(path), words), role)
+    if not isinstance(item, str):
+        raise ValueError(f"the reference {_shown(item)} must be a file, or an object with image, words and role.")
+    reference = _find_reference(item.strip(), find)
+    if reference is None:
+        raise ValueError(f"there is no image file {_shown(item)}.")
+    return dataclasses.replace(reference, words=None if reference.words is None else _text(reference.words))
+
+
+def _find_reference(text: str, find: Find) -> Reference | None:
+    colons = [index for index in range(len(text)) if text[index] == ":"]
+    # A path is a few colons at most; a text of thousands is none, and would be looked for as often.
+    for cut in [len(text), *reversed(colons[-16:])]:
+        path = find(text[:cut])
+        if path is not None:
+            words = text[cut + 1 :].strip()
+            if cut < len(text) and not words:
+                raise ValueError(f"{_shown(text)} has no words after its last colon.")
+            return Reference(path, words or None)
+    return None
+
+
+def read_entries(path: pathlib.Path, checks: Checks) -> list[Entry]:
+    """The videos of a prompt file that can be read; problems with the others go to `checks`."""
+    path = pathlib.Path(path)
+    entries: list[Entry] = []
+    before = len(checks.problems)
+    checks.attempt(str(path), _read_file, path, entries, checks)
+    if not entries and len(checks.problems) == before:
+        checks.problems.append(f"{path}: no video is asked for in it.")
+    return entries
+
+
+def _read_file(path: pathlib.Path, entries: list[Entry], checks: Checks) -> None:
+    read = FORMATS.get(path.suffix.lower())
+    if read is None:
+        raise ValueError(f"the suffix {path.suffix!r} is unknown; a prompt file is one of {', '.join(FORMATS)}.")
+    images.regular_file(path, MAX_BYTES, "prompt file")
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("is UTF-16; save it as UTF-8.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb"\r\n|\r|\n", content[: error.start])) + 1
+        raise ValueError(f"line {line} is not UTF-8: it has the byte {content[error.start]:#04x}.") from None
+    find = files_beside(path.parent)
+    for where, fields in read(path, text, checks):
+        entry = read_fields(where, fields, find, checks)
+        if entry is not None:
+            entries.append(entry)
+
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields as they are spelled
+
+
+def _lines(path: pathlib.Path, text: str) -> Iterator[tuple[str, str]]:
+    """Lines that say something, and where they stand."""
+    # Not str.splitlines: it would also break lines at characters that may stand in a prompt.
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{path} line {number}", line.strip()
+
+
+def _txt_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
+    for where, line in _lines(path, text):
+        key, *fields = line.split("@@")
+        if not fields or not fields[0].strip():
+            checks.problems.append(f"{where}: must be key@@prompt@@image@@image..., it is {_shown(line)}.")
+        else:
+            files = [file.strip() for file in fields[1:]]
+            yield where, {"key": key.strip(), "prompt": fields[0], "references": [file for file in files if file]}
+
+
+def _jsonl_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
+    for where, line in _lines(path, text):
+        value = checks.attempt(where, _parse_json, line)
+        if isinstance(value, dict):
+            yield where, value
+        elif value is not None:
+            checks.problems.append(f"{where}: must be an object, it is {_shown(value)}.")
+
+
+def _json_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
+    top = _parse_json(text)
+    if not isinstance(top, dict | list):
+        raise ValueError(f"must be objects by key, or a list of objects; it is {_shown(top)}.")
+    rows: Iterable[tuple[Any, Any]] = top.items() if isinstance(top, dict) else enumerate(top, start=1)
+    for key, fields in rows:
+        where = f"{path} entry {_shown(key)}"
+        if not isinstance(fields, dict):
+            checks.problems.append(f"{where}: must be an object, it is {_shown(fields)}.")
+        elif isinstance(top, list):
+            yield where, fields
+        elif "key" in fields:
+            checks.problems.append(f"{where}: has a key of its own, {_shown(fields['key'])}; give one of the two.")
+        else:
+            yield where, {"key": key, **fields}
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_json_int)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}.") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply to be a prompt file.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; JSON would keep the last of two equal names, and lose a video without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"has the name {_shown(twice)} twice in one object.")
+    return fields
+
+
+def _json_int(text: str) -> int:
+    if len(text) > 20:  # more than any field may have; thousands of digits would take seconds
+        raise ValueError(f"has a number of {len(text)} digits, {_shown(text)}.")
+    return int(text)
+
+
+def _csv_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    try:
+        line = 1  # a row may go over several lines; the first is where it stands
+        for row in reader:
+            where, line = f"{path} line {line}", reader.line_num + 1
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise ValueError(f"the header must name each column once; it is {_shown(header)}.")
+                if "prompt" not in map(_SPELLED.get, header):
+                    raise ValueError(f"the header must name the columns, among them 'prompt'; it is {_shown(header)}.")
+                before = len(checks.problems)
+                _by_name(where, dict.fromkeys(header, ""), checks)
+                if len(checks.problems) > before:  # which every row would repeat
+                    return
+            elif len(cells) != len(header):
+                checks.problems.append(f"{where}: has {len(cells)} cells, the header has {len(header)}.")
+            else:
+                yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:  # where the next row begins is not known then
+        checks.problems.append(f"{path} line {reader.line_num}: is not CSV: {error}.")
+
+
+FORMATS: dict[str, Callable[[pathlib.Path, str, Checks], Iterator[Row]]] = {
+    ".txt": _txt_rows,
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+}
+
+
+def check_entries(
+    entries: Sequence[Entry],
+    checks: Checks,
+    resolve: Callable[..., SamplingConfig],
+    *,
+    takes_references: bool = True,
+    strict_parity: bool = False,
+) -> list[Checked]:
+    """The entries that can be made; what is wrong with the others goes to `checks`.
+
+    `resolve` takes the overrides of an entry except its seed, and returns its sampling options or raises ValueError.
+    `takes_references` is False for a text-to-video model.
+    """
+    check_keys(entries, checks)
+    # Each image, and each cell that an image is for, once, however many entries have them.
+    size_of_image = functools.cache(functools.partial(_outcome, images.check_image, strict_parity=strict_parity))
+    fits = functools.cache(functools.partial(_outcome, _check_cells))
+    options = functools.cache(functools.partial(_outcome, resolve))
+    checked = []
+    for entry in entries:
+        problems: list[str] = []
+        sampling = options(**{name: value for name, value in entry.overrides.items() if name != "seed"})
+        sizes = [size_of_image(reference.path) for reference in entry.references]
+        problems += [str(outcome) for outcome in (sampling, *sizes) if isinstance(outcome, ValueError)]
+        if entry.references and not takes_references:
+            problems.append(f"has {len(entry.references)} references, but this is a text-to-video model.")
+        elif not isinstance(sampling, ValueError):
+            canvas = (len(sizes), sampling.height, sampling.width, sampling.layout)
+            if isinstance(outcome := fits(*canvas), ValueError):
+                problems.append(str(outcome))
+            else:
+                for reference, size in zip(entry.references, sizes, strict=True):
+                    if reference.role == "subject" and not isinstance(size, ValueError):
+                        outcome = fits(*canvas, size, reference.path)
+                        problems += [str(outcome)] if isinstance(outcome, ValueError) else []
+        if takes_references and not entry.references:
+            checks.notes.append(f"{entry.where}: has no reference; its canvas stays white.")
+        subjects = _find_subjects(entry, problems, checks)
+        checks.problems += [f"{entry.where}: {problem}" for problem in problems]
+        if not isinstance(sampling, ValueError) and not problems:
+            known = tuple(size for size in sizes if not isinstance(size, ValueError))
+            checked.append(Checked(entry, sampling, subjects, known))
+    return checked
+
+
+def check_keys(entries: Sequence[Entry], checks: Checks) -> None:
+    """Two videos cannot have one key."""
+    seen: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        # Upper and lower case are one, because they are to the file systems of Windows and macOS.
+        name = unicodedata.normalize("NFC", entry.key.casefold())
+        first = seen.setdefault(name, index)
+        if first != index:
+            checks.problems.append(
+                f"{entry.where}: the key {entry.key!r} is taken by {entries[first].where}; both would be one file."
+            )
+
+
+def _outcome(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | ValueError:
+    """What a function returns or raises, so that both can be cached."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        return error
+
+
+def _check_cells(
+    count: int,
+    height: int,
+    width: int,
+    layout: Layout,
+    size: tuple[int, int] | None = None,
+    path: pathlib.Path = pathlib.Path(),
+) -> None:
+    """Refuses what no canvas can hold: so many references, or a subject of this size in one of their cells."""
+    # In any cell: which one it will be depends on the seed, and a video of another seed should not be refused.
+    for x0, y0, x1, y1 in layout_cells(count, height, width, layout):
+        if size is not None:
+            fitted_size(size, (x1 - x0, y1 - y0), images.shown(path))
+
+
+def _find_subjects(entry: Entry, problems: list[str], checks: Checks) -> tuple[Subject | None, ...]:
+    subjects: list[Subject | None] = []
+    prompt = _cleaned(entry.prompt)
+    for reference in entry.references:
+        words = reference.words
+        span = None if words is None else _find(prompt, words)
+        subjects.append(None if words is None or span is None else Subject(words, span=span))
+        if words is not None and span is None:
+            # What `find_words` says is better, but too slow to say it ten thousand times.
+            outcome = _outcome(find_words, prompt, words) if len(checks.problems) < SHOWN else None
+            problems.append(str(outcome or f"{_shown(words)} is not in the prompt."))
+    spans = [subject.span for subject in subjects if subject is not None]
+    if len(set(spans)) < len(spans):
+        checks.notes.append(f"{entry.where}: two references have the same words.")
+    return tuple(subjects)
+
+
+# Cleaning would cost most of the time of a long file, and English prompts have nothing to clean. What goes the long way
+# is all that is not ASCII, control characters, and &, which begins an HTML entity.
+_CLEAN = re.compile(r"[ !-%'-~]*")
+
+
+@functools.lru_cache(maxsize=2**14)
+def _cleaned(prompt: str) -> str:
+    """`clean_prompt`, in no time for plain ASCII."""
+    return " ".join(prompt.split()) if _CLEAN.fullmatch(prompt) else clean_prompt(prompt)
+
+
+_is_letter = re.compile(_LETTER).match
+
+
+def _find(prompt: str, words: str) -> Span | None:
+    """`find_words` in a cleaned prompt, or None; without a pattern for every word, which takes milliseconds each."""
+    words = _cleaned(words)
+    if not words:
+        return None
+    plain = prompt.isascii() and words.isascii()  # where lower() is all there is to upper and lower case
+    text, name, pattern = (
+        (prompt.lower(), words.lower(), None) if plain else (prompt, words, re.compile(re.escape(words), re.IGNORECASE))
+    )
+    start = -1
+    while True:
+        if pattern is None:
+            start = text.find(name, start + 1)
+            stop = start + len(name)
+        else:
+            start, stop = match.span() if (match := pattern.search(text, start + 1)) else (-1, -1)
+        if start < 0:
+            return None
+        before, after = text[max(start - 1, 0) : start], text[stop : stop + 1]
+        glued = (_is_letter(before) and _is_letter(words[0])) or (_is_letter(after) and _is_letter(words[-1]))
+        if not glued:
+            return start, stop

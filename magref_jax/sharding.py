@@ -137,11 +137,27 @@ def param_shardings(mesh: Mesh, abstract_params: Any, specs: ParamSpecs) -> Any:
     return jax.tree.map(shard, abstract_params, param_specs(abstract_params, specs))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The batch dimension, which comes first everywhere, over `data` and `fsdp`; all others whole."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+def batch_multiple(mesh: Mesh | None, branches: int = 1) -> int:
+    """What the batch size must be a multiple of if each sample is computed in so many branches."""
+    if mesh is None:
+        return 1
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return devices // math.gcd(devices, branches)
 
 
-def batch_multiple(mesh: Mesh | None) -> int:
-    """What the batch size must be a multiple of."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+def _batch_shardings(mesh: Mesh, tree: Any, axis: int) -> Any:
+    def shard(leaf: Any) -> NamedSharding:
+        is_divided = leaf.ndim > axis and leaf.shape[axis] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")) if is_divided else P())
+
+    return jax.tree.map(shard, tree)
+
+
+def shard_batch(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
+    """The arrays on the mesh, their batch dimension over `data` and `fsdp`, whole where these do not divide it."""
+    return tree if mesh is None else jax.device_put(tree, _batch_shardings(mesh, tree, axis))
+
+
+def constrain_batch(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
+    """As `shard_batch`, inside `jax.jit`."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _batch_shardings(mesh, tree, axis))

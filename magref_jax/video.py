@@ -54,6 +54,7 @@ def write_video(
     fps: float,
     metadata: dict[str, Any] | None = None,
     *,
+    parameters: str | None = None,
     scale: int | None = None,
 ) -> None:
     """Writes an H.264 mp4 that any browser plays: yuv420p, BT.709, index in front, metadata as JSON in `comment`.
@@ -65,12 +66,26 @@ def write_video(
         frames: See the module docstring.
         fps: Frames per second.
         metadata: Anything JSON can hold.
+        parameters: The settings once more, as the text that image and video sites look for under this name.
         scale: Whole factor by which pixels are repeated; `default_scale` if not given.
 
     Raises:
         ValueError: Frames that are not uint8 [F H W 3], an odd height or width, or an fps or scale that is not positive.
     """
-    path = pathlib.Path(path)
+    with replacing(pathlib.Path(path)) as part:
+        encode_video(part, frames, fps, metadata, parameters=parameters, scale=scale)
+
+
+def encode_video(
+    path: pathlib.Path,
+    frames: UInt8[np.ndarray, "F H W 3"],
+    fps: float,
+    metadata: dict[str, Any] | None = None,
+    *,
+    parameters: str | None = None,
+    scale: int | None = None,
+) -> None:
+    """`write_video` for a path inside `files.replacing`: what a failure leaves there is not a video."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 [F H W 3] with at least one frame, not {frames.dtype} {frames.shape}.")
     if not 0 < fps < math.inf:
@@ -84,24 +99,24 @@ def write_video(
         raise ValueError(
             f"frames of {width}x{height} pixels (width x height) must have even sides: H.264 halves the colours."
         )
-    comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
+    tags = {} if metadata is None else {"comment": json.dumps(metadata, ensure_ascii=False)}
+    if parameters is not None:
+        tags["parameters"] = parameters.replace("\0", " ")  # where the container would end the text
 
-    with replacing(path) as part:
-        # use_metadata_tags: without it mp4 drops every tag it has no field for.
-        options = {"movflags": "faststart+use_metadata_tags"}
-        with av.open(str(part), "w", format="mp4", options=options) as container:
-            if comment is not None:
-                container.metadata["comment"] = comment
-            rate = fractions.Fraction(fps).limit_denominator(1001)  # a film at 24000/1001 keeps that
-            stream = container.add_stream("libx264", rate=rate, options=X264)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.colorspace = Colorspace.ITU709
-            stream.codec_context.color_primaries = ColorPrimaries.BT709
-            stream.codec_context.color_trc = ColorTrc.BT709
-            stream.codec_context.color_range = ColorRange.MPEG
-            for frame in frames:
-                container.mux(stream.encode(_to_yuv(frame.repeat(scale, axis=0).repeat(scale, axis=1))))
-            container.mux(stream.encode(None))
+    # use_metadata_tags: without it mp4 drops every tag it has no field for.
+    options = {"movflags": "faststart+use_metadata_tags"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        container.metadata.update(tags)
+        rate = fractions.Fraction(fps).limit_denominator(1001)  # a film at 24000/1001 keeps that
+        stream = container.add_stream("libx264", rate=rate, options=X264)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        stream.codec_context.color_range = ColorRange.MPEG
+        for frame in frames:
+            container.mux(stream.encode(_to_yuv(frame.repeat(scale, axis=0).repeat(scale, axis=1))))
+        container.mux(stream.encode(None))
 
 
 def read_video(path: str | os.PathLike[str]) -> Video:
@@ -109,11 +124,7 @@ def read_video(path: str | os.PathLike[str]) -> Video:
     with av.open(path, "r") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        # Without these two flags the conversion is a shortcut that darkens every channel by one level.
-        exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        frames = [
-            frame.reformat(format="rgb24", interpolation=exact).to_ndarray() for frame in container.decode(stream)
-        ]
+        frames = [_to_rgb(frame) for frame in container.decode(stream)]
         if not frames or stream.average_rate is None:
             raise ValueError(f"{path} holds no video frames.")
         try:
@@ -121,6 +132,30 @@ def read_video(path: str | os.PathLike[str]) -> Video:
         except (KeyError, ValueError):  # no comment, or somebody else's
             metadata = None
         return Video(np.stack(frames), float(stream.average_rate), metadata if isinstance(metadata, dict) else None)
+
+
+def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
+    """Some frames of a file. The others are decoded, because these depend on them, but not kept.
+
+    Raises:
+        ValueError: a frame that the file does not have.
+    """
+    wanted, found, count = set(indices), {}, 0
+    with av.open(path, "r") as container:
+        for count, frame in enumerate(container.decode(video=0), start=1):
+            if count - 1 in wanted:
+                found[count - 1] = _to_rgb(frame)
+            if len(found) == len(wanted):
+                break
+    if missing := sorted(wanted - set(found)):
+        raise ValueError(f"{path} has no frame {missing[0]}: it holds {count}, counted from 0.")
+    return np.stack([found[index] for index in indices])
+
+
+def _to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    # Without these two flags the conversion is a shortcut that darkens every channel by one level.
+    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    return frame.reformat(format="rgb24", interpolation=exact).to_ndarray()
 
 
 def _to_yuv(frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
@@ -140,11 +175,20 @@ class SheetRow(TypedDict):
 
 
 GAP = 6  # pixels between tiles
+TILE_HEIGHT = 112  # pixels
+MAX_FRAMES = 9  # of one video
 CAPTION_SIZE = 15  # pixels
 HEADER = ("references", "canvas", "frames")
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, tile_height: int = 112, max_frames: int = 9) -> Image.Image:
+def evenly_spaced(count: int, most: int = MAX_FRAMES) -> list[int]:
+    """Indices of at most `most` frames out of `count`, the first and the last among them."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+
+
+def contact_sheet(
+    rows: Sequence[SheetRow], *, tile_height: int = TILE_HEIGHT, max_frames: int = MAX_FRAMES
+) -> Image.Image:
     """One row per video: its references, its canvas, evenly spaced frames, and the caption below.
 
     Small frames are enlarged by repeating pixels, so that what the model drew is what one sees.
@@ -156,10 +200,10 @@ def contact_sheet(rows: Sequence[SheetRow], *, tile_height: int = 112, max_frame
 
     strips = []
     for row in rows:
-        references = [_fit(image, tile_height, tile_height) for image in row["references"]]
-        indices = np.linspace(0, len(row["frames"]) - 1, min(max_frames, len(row["frames"]))).round().astype(int)
-        frames = [_fit(Image.fromarray(row["frames"][index]), tile_height) for index in indices]
-        strips.append((references, [_fit(row["canvas"], tile_height)], frames))
+        references = [fit_tile(image, tile_height, tile_height) for image in row["references"]]
+        indices = evenly_spaced(len(row["frames"]), max_frames)
+        frames = [fit_tile(Image.fromarray(row["frames"][index]), tile_height) for index in indices]
+        strips.append((references, [fit_tile(row["canvas"], tile_height)], frames))
 
     # Columns line up over all rows.
     widths = [max(sum(tile.width + GAP for tile in strip[column]) for strip in strips) for column in range(3)]
@@ -194,8 +238,11 @@ def contact_sheet(rows: Sequence[SheetRow], *, tile_height: int = 112, max_frame
     return sheet
 
 
-def _fit(image: Image.Image, height: int, width: int | None = None) -> Image.Image:
-    """Fits an image into a box: whole-number enlargement for small ones, reduction for large ones, white behind alpha."""
+def fit_tile(image: Image.Image, height: int = TILE_HEIGHT, width: int | None = None) -> Image.Image:
+    """Fits an image into a box: whole-number enlargement for small ones, reduction for large ones, white behind alpha.
+
+    What fits already comes back as it is, so that tiles can be made one by one and the large images let go.
+    """
     if image.mode != "RGB":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -207,10 +254,15 @@ def _fit(image: Image.Image, height: int, width: int | None = None) -> Image.Ima
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word that is longer, such as a Chinese sentence, is cut."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines

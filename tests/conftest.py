@@ -1,5 +1,7 @@
 """Settings of every test: 8 CPU devices and exact matrix products, whatever the machine has; the parity table."""
 
+import os
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -14,6 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Meshes need more than one device; a program without a mesh runs on the first.
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
+    # Compiled programs of sample.py go there; also those of the processes that tests start.
+    cache = tempfile.TemporaryDirectory(prefix="magref_jax_cache_", ignore_cleanup_errors=True)
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    config.add_cleanup(cache.cleanup)
 
 
 Close = Callable[[str, np.ndarray, np.ndarray, float], None]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from magref_jax import pipeline
+from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.models import vae
 from magref_jax.pipeline import Request, generate
 from magref_jax.sharding import make_mesh
@@ -40,6 +41,10 @@ def batch(model):
     whole = dataclasses.replace(model, config=dataclasses.replace(model.config, drop_frames=0))
     other = request(prompt="a blue fish", seed=7, key="two", subjects=(None, "blue fish"))
     return list(generate(whole, [other, request()]))
+
+
+def cache_sizes():
+    return [program._cache_size() for program in (pipeline._encode, pipeline._advance, pipeline._decode)]
 
 
 def difference(first, second):
@@ -78,9 +83,9 @@ def door(**changes):
 
 
 def test_the_door_makes_the_videos_of_its_requests_with_the_same_program(model, video):
-    before = pipeline._sample._cache_size()
+    before = cache_sizes()
     result = model.generate(**door())
-    assert pipeline._sample._cache_size() == before
+    assert cache_sizes() == before
     expected = generate(model, [request(key="0")])
     np.testing.assert_array_equal(result.frames, expected.frames)
     assert result.frames.shape == (1, 4, 8, 12, 3)
@@ -131,11 +136,12 @@ def test_the_door_passes_every_option_on(model, monkeypatch):
     passed = {}
     monkeypatch.setattr(pipeline, "generate", lambda model, requests, **options: passed.update(options))
     sampling = dataclasses.asdict(CONFIG.sampling)
-    model.generate(**door(**sampling, initial_noise="noise", on_step="on_step", return_trajectory="trajectory"))
-    assert passed == sampling | {"initial_noise": "noise", "on_step": "on_step", "return_trajectory": "trajectory"}
+    others = {"initial_noise": "noise", "on_step": "on_step", "return_trajectory": "trajectory", "step_plan": "plan"}
+    model.generate(**door(**sampling, **others))
+    assert passed == sampling | others
     passed.clear()
     model.generate(**door())
-    assert passed == {"initial_noise": None, "on_step": None, "return_trajectory": False}
+    assert passed == {"initial_noise": None, "on_step": None, "return_trajectory": False, "step_plan": None}
 
 
 def test_noise_is_unit_normal_and_does_not_depend_on_the_batch(model):
@@ -160,38 +166,26 @@ def test_order_of_the_canvas_is_drawn_from_seed_and_key_or_pinned(model):
     assert pinned.canvas.cells == ((6, 0, 12, 8), (0, 0, 6, 8))
 
 
-def num_matmuls(function, *arguments, **keywords):
-    return function.lower(*arguments, **keywords).as_text().count("stablehlo.dot_general")
+def test_guidance_is_one_evaluation_of_twice_the_batch_and_none_at_a_scale_of_1(model, monkeypatch):
+    batches = []
+    dit = pipeline.DiT.__call__
 
+    def spy(self, latents, timesteps, *args, **kwargs):
+        batches.append(len(latents))
+        return dit(self, latents, timesteps, *args, **kwargs)
 
-def test_guidance_of_1_evaluates_the_dit_once_per_step(model):
-    case = pipeline.prepare(CONFIG, model.tokenizer, request())
-    arrays, noise = pipeline.stack_cases([case]), pipeline.draw_noise(CONFIG, request())[None]
-    text = (case.token_ids[None], case.attention_mask[None])
-
-    def count(guidance_scale):
+    monkeypatch.setattr(pipeline.DiT, "__call__", spy)
+    for guidance_scale in (2.5, 1.0, 0.0):
         config = pipeline.with_sampling(CONFIG, guidance_scale=guidance_scale)
-        return num_matmuls(
-            pipeline._sample, model.params, arrays, text, noise, config=config, on_step=None, return_trajectory=False
-        )
-
-    def encode(params):
-        return pipeline.encode_cases(pipeline.encoders(CONFIG, params), arrays, CONFIG.sampling.num_frames)
-
-    def velocity(params, conditioning):
-        return pipeline.velocity_fn(CONFIG, params["dit"], conditioning)(noise, jnp.ones(1))
-
-    plain = jax.eval_shape(encode, model.params).replace(subject_tokens=None)
-    dit = num_matmuls(jax.jit(velocity), model.params, plain)
-    encoder = num_matmuls(jax.jit(pipeline.encoders(CONFIG, model.params).text), *text)
-    assert count(2.0) - count(1.0) == dit + encoder
+        pipeline.lower(config, model.tokenizer, model.params, request(), batch_size=3)
+        found, batches[:] = set(batches), []
+        assert found == ({6} if guidance_scale == 2.5 else {3})
 
 
 def test_without_guidance_the_negative_prompt_does_nothing_and_steps_are_reported_in_order(model, video):
     steps = []
     plain = {"guidance_scale": 1.0, "solver": "euler", "num_inference_steps": 4, "on_step": steps.append}
     first = generate(model, [request()], **plain)
-    jax.effects_barrier()
     assert steps == [0, 1, 2, 3]
     second = generate(model, [request()], negative_prompt="a meadow", **plain)
     np.testing.assert_array_equal(first.frames, second.frames)
@@ -199,10 +193,140 @@ def test_without_guidance_the_negative_prompt_does_nothing_and_steps_are_reporte
     assert difference(guided.frames[0], video.frames) > 1
 
 
-def test_prompts_of_any_length_and_any_negative_prompt_share_one_program(model, video):
-    before = pipeline._sample._cache_size()
-    generate(model, [request(prompt="the red apple and the blue fish")], negative_prompt="")
-    assert pipeline._sample._cache_size() == before
+def test_a_request_may_have_a_negative_prompt_of_its_own(model, video):
+    own = dataclasses.replace(request(), negative_prompt="a meadow")
+    both = generate(model, [own, request()])
+    expected = generate(model, [request()], negative_prompt="a meadow")
+    assert difference(both.frames[0], expected.frames[0]) <= 1
+    assert difference(both.frames[1], video.frames) <= 1
+
+
+def test_twelve_cases_of_one_size_compile_each_program_once(model):
+    words = PROMPT.split()
+    requests = [request(" ".join(words[: 13 - i]), key=str(i), subjects=()) for i in range(12)]
+    before = cache_sizes()
+    for i in range(0, 12, 5):
+        result = generate(model, requests[i : i + 5], batch_size=5, negative_prompt=" ".join(words[:i]), width=16)
+        assert len(result.frames) == min(5, 12 - i)
+    assert cache_sizes() == [size + 1 for size in before]
+
+
+@pytest.fixture(scope="module")
+def long_text(model):
+    """A model that reads 160 text tokens, so that there is padding to collapse."""
+    config = dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, text_len=160))
+    return dataclasses.replace(model, config=config)
+
+
+def test_a_padding_token_that_counts_for_all_gives_the_same_video(long_text):
+    counts = [pipeline.count_text_tokens(long_text.config, [length]) for length in (0, 63, 64, 127, 128, 160)]
+    assert counts == [64, 64, 128, 128, 160, 160]
+    every = generate(long_text, [request()], text_tokens=160, guidance_scale=5.0)
+    collapsed = generate(long_text, [request()], guidance_scale=5.0)
+    np.testing.assert_allclose(collapsed.latents, every.latents, atol=1e-5)
+    # It matters how often it counts: 96 padding tokens fewer are another model.
+    fewer = dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, text_len=64))
+    other = generate(dataclasses.replace(long_text, config=fewer), [request()], guidance_scale=5.0)
+    assert np.abs(other.latents - every.latents).max() > 1e-3
+    with pytest.raises(ValueError, match="text_tokens=12 must be 64 to 160"):
+        generate(long_text, [request()], text_tokens=12)
+
+
+def test_context_made_once_is_that_of_every_step(model):
+    case = pipeline.prepare(CONFIG, model.tokenizer, request())
+    noise = pipeline.draw_noise(CONFIG, request())[None]
+
+    @jax.jit
+    def both(params, arrays):
+        encoded = pipeline.encode_cases(pipeline.encoders(CONFIG, params), arrays, CONFIG.sampling.num_frames)
+        embeddings = encoded.text_embeddings, encoded.image_embeddings
+        context = pipeline.encode_context(CONFIG.dit, params["dit"], *embeddings)
+        functions = [pipeline.velocity_fn(CONFIG, params["dit"], encoded, context=seen) for seen in (None, context)]
+        return [function(noise, jnp.full((1,), 700.0)) for function in functions]
+
+    each_step, once = both(model.params, pipeline.stack_cases([case]))
+    np.testing.assert_allclose(once, each_step, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_meshes_and_batch_sizes_change_rounding_alone(model, mesh, batch_size):
+    requests = [request(key=str(i), seed=i) for i in range(3)]
+    placed = dataclasses.replace(model, mesh=mesh and make_mesh(mesh, jax.devices()[:2]))
+    found = [
+        generate(placed, requests[i : i + batch_size], batch_size=batch_size).latents for i in range(0, 3, batch_size)
+    ]
+    alone = [generate(model, [one]).latents for one in requests]
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(alone), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_mesh_and_batch_size_change_rounding_alone(model):
+    requests = [request(key=str(i), seed=i) for i in range(8)]
+    noise = np.stack([pipeline.draw_noise(CONFIG, one) for one in requests])
+    alone = np.concatenate([generate(model, [one]).latents for one in requests])
+    for devices, spec in ((1, ""), (2, "data=2"), (4, "data=2,fsdp=2"), (8, "fsdp=-1"), (8, "data=2,fsdp=2,tensor=2")):
+        placed = dataclasses.replace(model, mesh=make_mesh(spec, jax.devices()[:devices]))
+        for batch_size in (1, 3, 8):
+            batches = [requests[i : i + batch_size] for i in range(0, 8, batch_size)]
+            found = np.concatenate([generate(placed, batch, batch_size=batch_size).latents for batch in batches])
+            np.testing.assert_allclose(found, alone, atol=1e-5, err_msg=f"{spec} {batch_size}")
+            again = np.stack([pipeline.draw_noise(placed.config, one) for batch in batches for one in batch])
+            np.testing.assert_array_equal(again, noise)
+
+
+def test_a_case_that_fails_is_named_and_leaves_the_others_alone(model):
+    requests = [request(key=str(i), seed=i) for i in range(3)]
+    noise = np.stack([pipeline.draw_noise(CONFIG, one) for one in requests])
+    good = generate(model, requests, initial_noise=noise)
+    assert good.failures == (None,) * 3
+    noise[1, 0, 0, 0, 0] = np.inf
+    result = generate(model, requests, initial_noise=noise)
+    assert result.failures == (None, "the latents are not finite after step 1 of 3", None)
+    for row in (0, 2):
+        np.testing.assert_array_equal(result.frames[row], good.frames[row])
+    assert [video.failure for video in result] == list(result.failures)
+
+
+@pytest.mark.parametrize(
+    ("network", "path", "message", "steps"),
+    [
+        ("text_encoder", ("norm", "scale"), "the text embeddings are not finite", 1),
+        ("image_encoder", ("input_norm", "scale"), "the image embeddings are not finite", 1),
+        ("vae", ("encoder", "conv_in", "bias"), "the reference latents are not finite", 1),
+        ("dit", ("head", "modulation"), "the latents are not finite after step 1 of 3", 1),
+        ("vae", ("decoder", "conv_out", "bias"), "the decoded frames are not finite", 3),
+    ],
+)
+def test_the_first_part_that_is_not_finite_is_named_and_work_in_vain_is_not_done(model, network, path, message, steps):
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    *folders, name = path
+    tree = params[network]
+    for folder in folders:
+        tree = tree[folder]
+    tree[name] = tree[name].at[0].set(jnp.nan)
+    reported = []
+    result = generate(dataclasses.replace(model, params=params), [request()], on_step=reported.append)
+    assert result.failures == (message,)
+    # The step after the one that failed was on its way already.
+    assert len(reported) == steps
+
+
+def test_a_plan_skips_evaluations_without_another_compilation(model, video):
+    plans = [
+        StepPlan((True, False, True), ((1.0, 0.0), (1.0, 0.0), (1.0, 0.0))),
+        StepPlan((True, True, False), ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5))),
+    ]
+    results = [generate(model, [request()], step_plan=plan, return_trajectory=True) for plan in plans]
+    before = cache_sizes()
+    generate(model, [request()], step_plan=StepPlan((True, False, False), ((1.0, 0.0),) * 3))
+    assert cache_sizes() == before
+    held, extended = (result.velocities[:, 0] for result in results)
+    np.testing.assert_array_equal(held[1], held[0])
+    np.testing.assert_allclose(extended[2], 1.5 * extended[1] - 0.5 * extended[0], atol=1e-5)
+    assert difference(results[0].frames[0], video.frames) > 1
+    full = generate(model, [request()], step_plan=StepPlan.full(3))
+    np.testing.assert_array_equal(full.frames[0], video.frames)
 
 
 def test_parameters_are_loaded_as_stored_and_computed_with_in_float32(model):
@@ -256,7 +380,7 @@ def test_text_to_video_without_references_runs_and_refuses_them(model):
 def test_a_mesh_gives_the_same_videos_and_rounds_the_batch_up(model, video):
     on_mesh = dataclasses.replace(model, mesh=make_mesh("data=2,fsdp=2,tensor=2"))
     result = generate(on_mesh, [request()])
-    assert [len(values) for values in (result.frames, result.latents, result.cases)] == [1, 1, 1]
+    assert [len(values) for values in (result.frames, result.latents, result.cases, result.failures)] == [1] * 4
     assert difference(result.frames[0], video.frames) <= 1
 
 

@@ -17,10 +17,10 @@ from magref_jax.sharding import (
     MESH_AXES,
     PARAM_SPECS,
     batch_multiple,
-    batch_sharding,
     make_mesh,
     param_shardings,
     param_specs,
+    shard_batch,
 )
 
 
@@ -117,7 +117,15 @@ def test_batch_is_cut_over_data_and_fsdp():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     assert batch_multiple(mesh) == 4
     assert batch_multiple(None) == 1
-    assert batch_sharding(mesh).shard_shape((8, 5, 3)) == (2, 5, 3)
+    # Two branches of guidance on four devices: two samples are a batch of four.
+    assert [batch_multiple(mesh, branches) for branches in (1, 2, 3, 4, 8)] == [4, 2, 4, 1, 1]
+    arrays = {"whole": np.zeros((6, 5)), "cut": np.zeros((8, 5, 3)), "scalar": np.zeros(())}
+    placed = shard_batch(mesh, arrays)
+    shapes = {name: array.sharding.shard_shape(array.shape) for name, array in placed.items()}
+    assert shapes == {"whole": (6, 5), "cut": (2, 5, 3), "scalar": ()}
+    layers = shard_batch(mesh, np.zeros((3, 8)), axis=1)
+    assert layers.sharding.shard_shape(layers.shape) == (3, 2)
+    assert shard_batch(None, arrays) is arrays
 
 
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=4,context=2"])
@@ -155,5 +163,5 @@ def test_a_cut_dit_computes_what_a_whole_one_does(spec):
     placed = jax.device_put(params, param_shardings(mesh, params, PARAM_SPECS["dit"]))
     kernel = placed["blocks"]["feed_forward"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size < kernel.size
-    found = forward(placed, jax.device_put(arguments, batch_sharding(mesh)))
+    found = forward(placed, shard_batch(mesh, arguments))
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))

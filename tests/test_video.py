@@ -1,5 +1,7 @@
 """Video files read back through PyAV, bytes against the reference's golden values, and the layout of contact sheets."""
 
+import json
+
 import av
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from PIL import Image
 
 from magref_jax import video
 
-METADATA = {"prompt": 'a "red" fox, 狐', "seed": 3407, "sigmas": [1.0, 0.5]}
+METADATA = {"prompt": 'a "red" fox, 狐\nand a dog\\', "seed": 3407, "sigmas": [1.0, 0.5]}
+PARAMETERS = 'a "red" fox, 狐\nNegative prompt: 模糊\nSteps: 40, Seed: 3407'
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +74,46 @@ def test_equal_arguments_give_equal_bytes(tmp_path, clip):
         contents.add(path.read_bytes())
         video.read_video(path)  # leaves other memory behind, which x264's macroblock tree would read
     assert len(contents) == 1
+    settings = contents.pop()  # x264 notes them; with these two, other machines agree
+    assert b" threads=1 " in settings
+    assert b" mbtree=0 " in settings
+
+
+def tags(path) -> dict[str, str]:
+    with av.open(path) as container:
+        return dict(container.metadata)
+
+
+def test_settings_are_stored_under_both_names(tmp_path, clip):
+    video.write_video(tmp_path / "clip.mp4", clip, 16, METADATA, parameters=PARAMETERS, scale=1)
+    stored = tags(tmp_path / "clip.mp4")
+    assert json.loads(stored["comment"]) == METADATA
+    assert stored["parameters"] == PARAMETERS
+    video.write_video(tmp_path / "zero.mp4", clip, 16, parameters="before\0after", scale=1)
+    assert tags(tmp_path / "zero.mp4")["parameters"] == "before after"
 
 
 def test_a_file_without_our_metadata(tmp_path, clip):
     video.write_video(tmp_path / "clip.mp4", clip, 16, scale=1)
     assert video.read_video(tmp_path / "clip.mp4").metadata is None
+    # What is left names the format and the program that wrote it.
+    assert set(tags(tmp_path / "clip.mp4")) == {"major_brand", "minor_version", "compatible_brands", "encoder"}
+
+
+def test_some_frames_are_those_of_the_whole_video(tmp_path, clip):
+    path = tmp_path / "clip.mp4"
+    video.write_video(path, clip, 16)
+    whole = video.read_video(path).frames
+    np.testing.assert_array_equal(video.read_frames(path, [8, 0, 3, 3]), whole[[8, 0, 3, 3]])
+    with pytest.raises(ValueError, match="has no frame 9: it holds 9, counted from 0"):
+        video.read_frames(path, [2, 9, 12])
+
+
+@pytest.mark.parametrize(
+    ("count", "indices"), [(1, [0]), (3, [0, 1, 2]), (9, [*range(9)]), (77, [0, 10, 19, 28, 38, 48, 57, 66, 76])]
+)
+def test_evenly_spaced_has_both_ends(count, indices):
+    assert video.evenly_spaced(count) == indices
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, clip, monkeypatch):
@@ -156,6 +194,24 @@ def test_contact_sheet_shows_every_part_where_it_belongs(clip):
     match = [y for y in range(len(sheet) - 96) if (second[y : y + 96] == clip[0].repeat(2, 0).repeat(2, 1)).all()]
     assert len(match) == 1
     assert match[0] > top + 96 + 2 * video.CAPTION_SIZE
+
+
+def test_tiles_made_beforehand_give_the_same_sheet():
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((30, 20), (300, 200), (99, 500))]
+    for image in images:
+        for width in (None, 112):
+            tile = video.fit_tile(image, 112, width)
+            np.testing.assert_array_equal(np.asarray(video.fit_tile(tile, 112, width)), np.asarray(tile))
+
+
+def test_captions_without_spaces_stay_on_the_sheet(clip):
+    row = video.SheetRow(references=[], canvas=Image.new("RGB", (72, 48)), frames=clip[:1], caption="")
+    empty = np.asarray(video.contact_sheet([row]))
+    full = np.asarray(video.contact_sheet([{**row, "caption": "W" * 60}]))
+    assert full.shape[0] > empty.shape[0] + 2 * video.CAPTION_SIZE  # several lines
+    assert full.shape[1] == empty.shape[1]
+    assert (full[:, -2:] == 255).all()  # no letter touches the edge
 
 
 def test_contact_sheet_needs_a_row():

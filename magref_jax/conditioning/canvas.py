@@ -10,17 +10,18 @@ H, W: canvas height and width in pixels. A box is (x0, y0, x1, y1) in canvas pix
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from magref_jax.config import Layout
+from magref_jax.images import WHITE, to_rgb
 
 Box = tuple[int, int, int, int]
 Order = int | str | Sequence[int | None]
-
-WHITE = 255
+Role = Literal["subject", "background"]
 
 # v2: number of cells -> (rows, columns).
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 8: (2, 4)}
@@ -110,23 +111,25 @@ def _shuffled(count: int, seed: int) -> tuple[int, ...]:
     return tuple(cell_of[reference] for reference in range(count))
 
 
-def to_rgb(image: Image.Image, *, strict_parity: bool = False) -> Image.Image:
-    """An upright RGB image, transparency composited on white.
+def fitted_size(size: tuple[int, int], box: tuple[int, int], name: str = "image") -> tuple[int, int]:
+    """Width and height of an image scaled to fit a box of this width and height.
 
-    With `strict_parity`, what the official command line reads: alpha is discarded, which shows the colours hidden under
-    transparent pixels, and the orientation tag of photographs is ignored.
+    Raises:
+        ValueError: the image is so elongated that it would be less than one pixel thin.
     """
-    if strict_parity:
-        return image.convert("RGB")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey to white instead of scaling it
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, (WHITE,) * 3)
-    white.paste(image, mask=image.getchannel("A"))
-    return white
+    box_width, box_height = box
+    aspect = size[0] / size[1]
+    # Truncated float products, as in the reference: exact integer arithmetic gives one pixel more for some sizes.
+    if aspect > box_width / box_height:
+        width, height = box_width, int(box_width / aspect)
+    else:
+        width, height = int(box_height * aspect), box_height
+    if not width or not height:
+        raise ValueError(
+            f"{name} is {size[0]}x{size[1]} pixels: too elongated for a {box_width}x{box_height} cell, "
+            f"where it would be {width}x{height}. Crop it first."
+        )
+    return width, height
 
 
 def resize_and_pad(
@@ -140,22 +143,25 @@ def resize_and_pad(
     image = to_rgb(image, strict_parity=strict_parity)
     x0, y0, x1, y1 = box
     box_width, box_height = x1 - x0, y1 - y0
-    aspect = image.width / image.height
-    # Truncated float products, as in the reference: exact integer arithmetic gives one pixel more for some sizes.
-    if aspect > box_width / box_height:
-        width, height = box_width, int(box_width / aspect)
-    else:
-        width, height = int(box_height * aspect), box_height
-    if not width or not height:
-        raise ValueError(
-            f"{name} is {image.width}x{image.height} pixels: too elongated for a {box_width}x{box_height} cell, "
-            f"where it would be {width}x{height}. Crop it first."
-        )
+    width, height = fitted_size(image.size, (box_width, box_height), name)
     left, top = (box_width - width) // 2, (box_height - height) // 2
     pixels = np.full((box_height, box_width, 3), WHITE, np.uint8)
     resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     pixels[top : top + height, left : left + width] = resized
     return pixels, (x0 + left, y0 + top, x0 + left + width, y0 + top + height)
+
+
+def resize_and_crop(
+    image: Image.Image, box: Box, *, name: str = "image", strict_parity: bool = False
+) -> tuple[UInt8[np.ndarray, "h w 3"], Box]:
+    """The middle of the image, scaled to fill the box, and the box: no image is too elongated for that."""
+    x0, y0, x1, y1 = box
+    image = to_rgb(image, strict_parity=strict_parity)
+    return np.asarray(ImageOps.fit(image, (x1 - x0, y1 - y0), Image.Resampling.LANCZOS)), box
+
+
+# How a reference is put into its cell. A background has no white around it, which could be taken for a part of the scene.
+PLACEMENTS = {"subject": resize_and_pad, "background": resize_and_crop}
 
 
 def compose_canvas(
@@ -164,21 +170,30 @@ def compose_canvas(
     width: int,
     layout: Layout = "v2",
     order: Order = "input",
+    roles: Sequence[Role] = (),
     *,
     strict_parity: bool = False,
 ) -> Canvas:
     """All references on one white canvas; without references it stays white and its mask 0.
 
+    `roles[i]` is "subject" or "background"; without roles, all are subjects, as in MAGREF.
+
     Raises:
-        ValueError: more references than the layout holds, a wrong order, or an image too elongated for its cell.
+        ValueError: too many references for the layout, a wrong order or role, or a subject too elongated for its cell.
     """
+    if roles and len(roles) != len(images):
+        raise ValueError(f"{len(roles)} roles given for {len(images)} reference images; give one each, or none.")
+    for role in roles:
+        if role not in PLACEMENTS:
+            raise ValueError(f"role {role!r} is unknown; choose one of {', '.join(map(repr, PLACEMENTS))}.")
     offered = layout_cells(len(images), height, width, layout)
     cells = tuple(offered[cell] for cell in assign(len(images), layout, order))
     canvas = np.full((height, width, 3), WHITE, np.uint8)
     mask = np.zeros((height, width), np.uint8)
     regions = []
     for index, (image, cell) in enumerate(zip(images, cells, strict=True)):
-        pixels, region = resize_and_pad(image, cell, name=f"reference_images[{index}]", strict_parity=strict_parity)
+        place = PLACEMENTS[roles[index] if roles else "subject"]
+        pixels, region = place(image, cell, name=f"reference_images[{index}]", strict_parity=strict_parity)
         canvas[cell[1] : cell[3], cell[0] : cell[2]] = pixels
         mask[region[1] : region[3], region[0] : region[2]] = 1
         regions.append(region)

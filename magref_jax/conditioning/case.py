@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 from PIL import Image
 
-from magref_jax.conditioning.canvas import Canvas, Order, compose_canvas
+from magref_jax.conditioning.canvas import Canvas, Order, Role, compose_canvas
 from magref_jax.conditioning.inputs import Conditioning, canvas_frames, zero_padding
 from magref_jax.conditioning.region_mask import patch_regions, region_mask
 from magref_jax.conditioning.subjects import Subject, clean_prompt, subject_tokens
@@ -68,13 +68,14 @@ def prepare_case(
     height: int,
     width: int,
     order: Order = "input",
+    roles: Sequence[Role] = (),
     layout: Layout | None = None,
     num_subjects: int = 8,
 ) -> Case:
     """Composes the canvas and aligns each subject's words with its region.
 
-    `subjects[i]` are the words of reference i in the prompt, or None. `layout` defaults to the model's. `tokenizer` is a
-    fast Hugging Face tokenizer.
+    `subjects[i]` are the words of reference i in the prompt, or None; `roles` see `compose_canvas`. `layout` defaults to the
+    model's. `tokenizer` is a fast Hugging Face tokenizer.
 
     Raises:
         ValueError: a size the networks cannot take, too many references, or words that are not in the prompt.
@@ -84,7 +85,7 @@ def prepare_case(
     check_size(config, num_frames, height, width)
     num_latent_frames = config.vae.num_latent_frames(num_frames)
     sampling = config.sampling
-    canvas = compose_canvas(images, height, width, layout or sampling.layout, order)
+    canvas = compose_canvas(images, height, width, layout or sampling.layout, order, roles)
     prompt = clean_prompt(prompt)
     text_len = config.dit.text_len
     encoding = tokenizer(

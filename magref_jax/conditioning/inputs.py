@@ -76,7 +76,7 @@ def _keep(keep: Bool[Array, "B"], values: Array, otherwise: Array | float) -> Ar
 
 
 def drop_text(
-    conditioning: Conditioning, keep: Bool[Array, "B"], null_text_embeddings: Float[Array, "T text_dim"]
+    conditioning: Conditioning, keep: Bool[Array, "B"], null_text_embeddings: Float[Array, "*B T text_dim"]
 ) -> Conditioning:
     """Where `keep` is false, the text becomes the null text and no token names a subject."""
     tokens = conditioning.subject_tokens

@@ -8,17 +8,22 @@ Letters: B batch · Q query tokens · S key tokens · N heads · K head width
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 ATTENTION_OUT = "attention_out"  # the name under which a remat policy may keep what attention returns
+
+# "blockwise" and "cpu" take so many queries at a time, and "cpu" as many heads as leave the logits in the cache.
+QUERY_BLOCK = 256
+CACHED_LOGITS = 2**18
 
 
 @struct.dataclass
@@ -33,11 +38,10 @@ FULL = AttentionStructure("full")
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A function of (query, key, value, bias, scale), the kinds of structure that it computes, and whether a bias may be given."""
+    """A function of (query, key, value, bias, scale), and the kinds of structure that it computes."""
 
     function: Callable[..., Array]
     structures: frozenset[str] = frozenset({"full"})
-    takes_bias: bool = True
 
 
 def _jax(name: Literal["xla", "cudnn"]) -> Callable[[Array, Array, Array, Array | None, float], Array]:
@@ -55,53 +59,172 @@ def _reference(query: Array, key: Array, value: Array, bias: Array | None, scale
     return jnp.einsum("bnqs,bsnk->bqnk", weights, value.astype(jnp.float32)).astype(query.dtype)
 
 
-def _cpu(query: Array, key: Array, value: Array, bias: None, scale: float) -> Array:
-    return _attend(scale, query, key, value)
+def _blockwise(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
+    """XLA's attention of one block of queries after another, each made again in the backward pass."""
+    num_queries = query.shape[1]
+
+    @jax.checkpoint
+    def block(of_block: tuple[Array, Array | None]) -> Array:
+        query, bias = of_block
+        return _jax("xla")(query, key, value, None if bias is None else rearrange(bias, "b q n s -> b n q s"), scale)
+
+    rows = None if bias is None else _split_bias(rearrange(bias, "b n q s -> b q n s"), num_queries)
+    return _join(lax.map(block, (_split(query), rows)), num_queries)
+
+
+def _cpu(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (query.shape[0], query.shape[2], bias.shape[2], key.shape[1]))
+        bias = rearrange(bias, "b n q s -> (b n) q s")
+    return _attend(scale, query, key, value, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    scale: float, query: Float[Array, "B Q N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
+    scale: float,
+    query: Float[Array, "B Q N K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N K"],
+    bias: Float[Array, "B*N #Q S"] | None,
 ) -> Float[Array, "B Q N K"]:
     """Attention whose products, and those of its derivatives, have the form that XLA runs fastest on a CPU.
 
     That is: float32 results, row-major operands, heads in front. Of the softmax only the logarithm of its denominator is
     kept; the weights are made again in the backward pass, with the keys as rows, so that only one of its four products
-    needs a transposed copy.
+    needs a transposed copy. A few heads and a block of queries at a time, so that logits and weights stay in the cache.
     """
-    return _attend_forward(scale, query, key, value)[0]
+    return _attend_forward(scale, query, key, value, bias)[0]
 
 
-def _attend_forward(scale: float, query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend_forward(
+    scale: float, query: Array, key: Array, value: Array, bias: Array | None
+) -> tuple[Array, tuple[Array | None, ...]]:
     num_heads = query.shape[2]
     query, key, value = (_heads_first(array) for array in (query, key, value))
-    logits = _product("hqk,hsk->hqs", query, key) * scale
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = (_product("hqs,hsk->hqk", weights.astype(query.dtype), value) / total).astype(query.dtype)
+    num_queries = query.shape[1]
+
+    def group(of_heads: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array]:
+        query, key, value, bias = of_heads
+        blocks = _split(query), _split_bias(bias, num_queries)
+        out, log_total = lax.map(lambda block: _forward(scale, block[0], key, value, block[1]), blocks)
+        return _join(out, num_queries), _join(log_total, num_queries)
+
+    out, log_total = _by_heads(group, (query, key, value, bias))
     # Named, so that a remat policy keeps them: without one of them all of this would be computed again.
-    out = checkpoint_name(out, ATTENTION_OUT)
-    log_total = checkpoint_name((largest + jnp.log(total))[..., 0], ATTENTION_OUT)
-    return _heads_last(out, num_heads), (query, key, value, out, log_total)
+    out, log_total = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_total, ATTENTION_OUT)
+    return _heads_last(out, num_heads), (query, key, value, bias, out, log_total)
 
 
-def _attend_backward(scale: float, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
-    query, key, value, out, log_total = saved
-    dtype, num_heads = query.dtype, cotangent.shape[2]
+def _attend_backward(
+    scale: float, saved: tuple[Array, Array, Array, Array | None, Array, Array], cotangent: Array
+) -> tuple[Array, Array, Array, Array | None]:
+    query, key, value, bias, out, log_total = saved
+    dtype, num_heads, num_queries = query.dtype, cotangent.shape[2], query.shape[1]
     cotangent = _heads_first(cotangent)
     delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    weights = jnp.exp(_product("hsk,hqk->hsq", key, query) * scale - log_total[:, None])
-    of_value = _product("hsq,hqk->hsk", weights.astype(dtype), cotangent)
-    of_weights = _product("hsk,hqk->hsq", value, cotangent)
-    of_logits = (weights * (of_weights - delta[:, None]) * scale).astype(dtype)
-    of_key = _product("hsq,hqk->hsk", of_logits, query)
-    of_query = _product("hqs,hsk->hqk", _row_major(of_logits.swapaxes(1, 2)), key)
-    of_query, of_key, of_value = (_heads_last(array.astype(dtype), num_heads) for array in (of_query, of_key, of_value))
-    return of_query, of_key, of_value
+
+    def group(of_heads: tuple[Any, ...]) -> tuple[Array, Array, Array, Array | None]:
+        query, key, value, bias, *rest = of_heads
+
+        def block(sums: tuple[Array, Array], of_block: tuple[Any, ...]) -> tuple[tuple[Array, Array], Any]:
+            query, bias, *rest = of_block
+            of_query, of_key, of_value, of_bias = _backward(scale, query, key, value, bias, *rest)
+            return (sums[0] + of_key, sums[1] + of_value), (of_query.astype(dtype), of_bias)
+
+        zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+        # A row of padding has cotangent and delta zero, and so no part in any gradient.
+        blocks = (_split(query), _split_bias(bias, num_queries), *map(_split, rest))
+        (of_key, of_value), (of_query, of_bias) = lax.scan(block, zeros, blocks)
+        if bias is not None:
+            of_bias = jnp.sum(of_bias, axis=0) if bias.shape[1] == 1 else _join(of_bias, num_queries)
+        return _join(of_query, num_queries), of_key.astype(dtype), of_value.astype(dtype), of_bias
+
+    *of_inputs, of_bias = _by_heads(group, (query, key, value, bias, log_total, delta, cotangent))
+    of_query, of_key, of_value = (_heads_last(array, num_heads) for array in of_inputs)
+    return of_query, of_key, of_value, of_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(
+    scale: float,
+    query: Float[Array, "H Q K"],
+    key: Float[Array, "H S K"],
+    value: Float[Array, "H S K"],
+    bias: Float[Array, "H #Q S"] | None,
+) -> tuple[Float[Array, "H Q K"], Float[Array, "H Q"]]:
+    """What attention returns, and the logarithm of the denominator of its softmax."""
+    logits = _product("...qk,...sk->...qs", query, key) * scale
+    if bias is not None:
+        logits += bias
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (_product("...qs,...sk->...qk", weights.astype(query.dtype), value) / total).astype(query.dtype)
+    return out, (largest + jnp.log(total))[..., 0]
+
+
+def _backward(
+    scale: float,
+    query: Float[Array, "H Q K"],
+    key: Float[Array, "H S K"],
+    value: Float[Array, "H S K"],
+    bias: Float[Array, "H #Q S"] | None,
+    log_total: Float[Array, "H Q"],
+    delta: Float[Array, "H Q"],
+    cotangent: Float[Array, "H Q K"],
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients of query, key, value and bias in float32; `delta` is out · cotangent of every query."""
+    dtype = query.dtype
+    logits = _product("...sk,...qk->...sq", key, query) * scale
+    if bias is not None:
+        logits += bias.swapaxes(-1, -2)
+    weights = jnp.exp(logits - log_total[..., None, :])
+    of_value = _product("...sq,...qk->...sk", weights.astype(dtype), cotangent)
+    of_weights = _product("...sk,...qk->...sq", value, cotangent)
+    of_logits = weights * (of_weights - delta[..., None, :])
+    of_product = (of_logits * scale).astype(dtype)
+    of_key = _product("...sq,...qk->...sk", of_product, query)
+    of_query = _product("...qs,...sk->...qk", _row_major(of_product.swapaxes(-1, -2)), key)
+    if bias is None:
+        return of_query, of_key, of_value, None
+    of_bias = of_logits.swapaxes(-1, -2)
+    return of_query, of_key, of_value, jnp.sum(of_bias, -2, keepdims=True) if bias.shape[-2] == 1 else of_bias
+
+
+def _by_heads(function: Callable[[Any], Any], arrays: tuple[Array | None, ...]) -> Any:
+    """`function` of one group of heads after another; the first two arrays are query and key."""
+    (num_heads, num_queries), num_keys = arrays[0].shape[:2], arrays[1].shape[1]
+    most = max(1, CACHED_LOGITS // (min(num_queries, QUERY_BLOCK) * num_keys))
+    size = max(size for size in range(1, min(most, num_heads) + 1) if num_heads % size == 0)
+    groups = jax.tree.map(lambda x: x.reshape(num_heads // size, size, *x.shape[1:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(num_heads, *x.shape[2:]), lax.map(function, groups))
+
+
+def _split(x: Float[Array, "H Q *rest"]) -> Float[Array, "blocks H block *rest"]:
+    """Blocks of equally many queries, the last one padded with zeros."""
+    num_blocks = _num_blocks(x.shape[1])
+    size = -(-x.shape[1] // num_blocks)
+    x = jnp.pad(x, [(0, 0), (0, num_blocks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
+
+
+def _split_bias(
+    bias: Float[Array, "H #Q *rest"] | None, num_queries: int
+) -> Float[Array, "blocks H #block *rest"] | None:
+    if bias is None or bias.shape[1] > 1:
+        return None if bias is None else _split(bias)
+    return jnp.broadcast_to(bias, (_num_blocks(num_queries), *bias.shape))
+
+
+def _join(x: Float[Array, "blocks H block *rest"], num_queries: int) -> Float[Array, "H Q *rest"]:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
+
+
+def _num_blocks(num_queries: int) -> int:
+    return -(-num_queries // QUERY_BLOCK)
 
 
 def _product(spec: str, first: Array, second: Array) -> Array:
@@ -124,7 +247,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_jax("xla")),
     "cudnn": Implementation(_jax("cudnn")),  # Nvidia GPUs, bfloat16 or float16
     "reference": Implementation(_reference),
-    "cpu": Implementation(_cpu, takes_bias=False),
+    "cpu": Implementation(_cpu),  # fast there, forward and backward, and lean
+    "blockwise": Implementation(_blockwise),  # lean anywhere; batch and heads may be sharded
 }
 
 
@@ -142,7 +266,7 @@ def dot_product_attention(
 
     Raises:
         ValueError: no implementation has this name.
-        NotImplementedError: the implementation does not compute this structure, or takes no bias.
+        NotImplementedError: the implementation does not compute this structure.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}.")
@@ -152,7 +276,5 @@ def dot_product_attention(
             f"implementation={implementation!r} cannot compute structure {structure.kind!r}, "
             f"only {', '.join(sorted(chosen.structures))}."
         )
-    if bias is not None and not chosen.takes_bias:
-        raise NotImplementedError(f"implementation={implementation!r} takes no bias.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return checkpoint_name(chosen.function(query, key, value, bias, scale), ATTENTION_OUT)

@@ -8,7 +8,9 @@ Letters: B batch · F/H/W latent frames, rows, columns · C channels · L video 
 T text tokens · I image tokens · S subjects · D width · N heads · K head width · G timesteps per clip, 1 or F
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -29,6 +31,22 @@ class SubjectInjection:
 
     tokens: Float[Array, "B S T"]  # 1 where the text token belongs to the subject's words
     regions: Float[Array, "B S L0"]  # 1 where the video token lies in the subject's region
+
+
+@struct.dataclass
+class KeysValues:
+    """What an attention reads of its context, heads not yet split. Keys are normalised."""
+
+    key: Float[Array, "*N B T D"]
+    value: Float[Array, "*N B T D"]
+
+
+@struct.dataclass
+class Context:
+    """Keys and values of prompt and canvas in every layer: what no step of the sampling changes."""
+
+    text: KeysValues
+    image: KeysValues | None
 
 
 SMALL = nn.initializers.normal(0.02)
@@ -86,6 +104,33 @@ class SelfAttention(nn.Module):
         return Linear(cfg.dim, cfg.dtype, name="out")(merge_heads(out))
 
 
+def embed_context(
+    config: DiTConfig,
+    text_embeddings: Float[Array, "B T text_dim"],
+    image_embeddings: Float[Array, "B I image_dim"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B I D"] | None]:
+    """The layers in front of the blocks, of the module that is calling."""
+    text = Linear(config.dim, config.dtype, SMALL, name="text_in")(text_embeddings)
+    text = Linear(config.dim, config.dtype, SMALL, name="text_out")(nn.gelu(text, approximate=True))
+    image = image_embeddings
+    if config.image_dim is not None:
+        # The reference projects image tokens with its own epsilon and the exact GELU, unlike everything else here.
+        image = LayerNorm(1e-5, name="image_in_norm")(image)
+        image = nn.gelu(Linear(config.image_dim, config.dtype, name="image_in")(image), approximate=False)
+        image = LayerNorm(1e-5, name="image_out_norm")(Linear(config.dim, config.dtype, name="image_out")(image))
+    return text, image
+
+
+def keys_values(config: DiTConfig, tokens: Float[Array, "B T D"], suffix: str = "") -> KeysValues:
+    """The layers that a cross-attention applies to its context, of the module that is calling."""
+    key = Linear(config.dim, config.dtype, name=f"key{suffix}")(tokens)
+    key = RMSNorm(config.norm_eps, name=f"key{suffix}_norm")(key).astype(config.dtype)
+    return KeysValues(key, Linear(config.dim, config.dtype, name=f"value{suffix}")(tokens))
+
+
+IMAGE = "_image"  # the suffix of the layers for image tokens
+
+
 class CrossAttention(nn.Module):
     """Attends to the text and, apart from it, to the image tokens; the sum is projected. Also returns the text values."""
 
@@ -93,24 +138,25 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], text: Float[Array, "B T D"], image: Float[Array, "B I D"] | None
+        self,
+        x: Float[Array, "B L D"],
+        text: Float[Array, "B T D"] | KeysValues,
+        image: Float[Array, "B I D"] | KeysValues | None,
+        text_bias: Float[Array, "T"] | None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B T D"]]:
         cfg = self.config
         query = RMSNorm(cfg.norm_eps, name="query_norm")(Linear(cfg.dim, cfg.dtype, name="query")(x))
         query = split_heads(query, cfg).astype(cfg.dtype)
 
-        def attend(tokens: Array, suffix: str) -> tuple[Array, Array]:
-            key = Linear(cfg.dim, cfg.dtype, name=f"key{suffix}")(tokens)
-            key = RMSNorm(cfg.norm_eps, name=f"key{suffix}_norm")(key).astype(cfg.dtype)
-            value = Linear(cfg.dim, cfg.dtype, name=f"value{suffix}")(tokens)
-            out = dot_product_attention(
-                query, split_heads(key, cfg), split_heads(value, cfg), implementation=cfg.attention
-            )
-            return merge_heads(out), value
+        def attend(context: Array | KeysValues, suffix: str, bias: Array | None) -> tuple[Array, Array]:
+            context = context if isinstance(context, KeysValues) else keys_values(cfg, context, suffix)
+            key, value = split_heads(context.key, cfg), split_heads(context.value, cfg)
+            out = dot_product_attention(query, key, value, bias=bias, implementation=cfg.attention)
+            return merge_heads(out), context.value
 
-        out, text_value = attend(text, "")
+        out, text_value = attend(text, "", None if text_bias is None else text_bias[None, None, None])
         if image is not None:
-            out += attend(image, "_image")[0]
+            out += attend(image, IMAGE, None)[0]
         return Linear(cfg.dim, cfg.dtype, name="out")(out), text_value
 
 
@@ -125,7 +171,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the timestep modulates the first and the last."""
+    """Self-attention, cross-attention, feed-forward; the timestep modulates the first and the last.
+
+    The cross-attention takes this layer's keys and values from `context`, or makes them of the tokens in `text` and `image`.
+    """
 
     config: DiTConfig
 
@@ -133,10 +182,12 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
+        context: Context | None,
+        text: Float[Array, "B T D"] | None,
+        image: Float[Array, "B I D"] | None,
+        text_bias: Float[Array, "T"] | None,
         time_modulation: Float[Array, "B G 6 D"],
         rotations: Rotations,
-        text: Float[Array, "B T D"],
-        image: Float[Array, "B I D"] | None,
         subjects: SubjectInjection | None,
         subject_alpha: float | Array,
         structure: AttentionStructure,
@@ -153,7 +204,8 @@ class Block(nn.Module):
         x = x + y * per_token(gate_attention, x)
 
         y = LayerNorm(cfg.norm_eps, name="cross_attention_norm")(x)
-        y, text_value = CrossAttention(cfg, name="cross_attention")(y, text, image)
+        seen = (text, image) if context is None else (context.text, context.image)
+        y, text_value = CrossAttention(cfg, name="cross_attention")(y, *seen, text_bias)
         x = x + y
         if subjects is not None:
             x = inject_subjects(x, text_value, subjects, subject_alpha)
@@ -180,6 +232,59 @@ class Head(nn.Module):
         return Linear(features, jnp.float32, nn.initializers.zeros, name="out")(x)
 
 
+class _CrossAttentionContext(nn.Module):
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, text: Float[Array, "B T D"], image: Float[Array, "B I D"] | None) -> Context:
+        cfg = self.config
+        return Context(keys_values(cfg, text), None if image is None else keys_values(cfg, image, IMAGE))
+
+
+class _BlockContext(nn.Module):
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, carry: None, text: Float[Array, "B T D"], image: Array | None) -> tuple[None, Context]:
+        return None, _CrossAttentionContext(self.config, name="cross_attention")(text, image)
+
+
+class ContextEncoder(nn.Module):
+    """The layers of the DiT that see neither noise nor time. Their parameters are the DiT's, by the same names."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        text_embeddings: Float[Array, "B T text_dim"],
+        image_embeddings: Float[Array, "B I image_dim"] | None = None,
+    ) -> Context:
+        cfg = self.config
+        blocks = nn.scan(
+            _BlockContext,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
+        )(cfg, name="blocks")
+        return blocks(None, *embed_context(cfg, text_embeddings, image_embeddings))[1]
+
+
+def encode_context(
+    config: DiTConfig,
+    dit_params: Mapping[str, Any],
+    text_embeddings: Float[Array, "B T text_dim"],
+    image_embeddings: Float[Array, "B I image_dim"] | None = None,
+) -> Context:
+    """The context of a DiT with these parameters, computed once for all steps of a sampling run."""
+    layers = dit_params["blocks"]["cross_attention"]
+    used = {name: layer for name, layer in layers.items() if name.startswith(("key", "value"))}
+    params = {name: layer for name, layer in dit_params.items() if name.startswith(("text_", "image_"))}
+    params["blocks"] = {"cross_attention": used}
+    return ContextEncoder(config).apply({"params": params}, text_embeddings, image_embeddings)
+
+
 class DiT(nn.Module):
     """Predicts the velocity of the flow from noise to video, conditioned on text and on reference images."""
 
@@ -190,9 +295,11 @@ class DiT(nn.Module):
         self,
         latents: Float[Array, "B F H W C"],
         timesteps: Real[Array, "B"] | Real[Array, "B F"],
-        text_embeddings: Float[Array, "B T text_dim"],
+        text_embeddings: Float[Array, "B T text_dim"] | None = None,
         image_embeddings: Float[Array, "B I image_dim"] | None = None,
         *,
+        context: Context | None = None,
+        padding_repeats: int = 1,
         subjects: SubjectInjection | None = None,
         subject_alpha: float | Array = 0.0,
         structure: AttentionStructure = FULL,
@@ -205,6 +312,9 @@ class DiT(nn.Module):
             timesteps: 1000·sigma, per clip or per latent frame.
             text_embeddings: zero-padded to `config.text_len`; the padding is attended.
             image_embeddings: needed exactly if `config.image_dim` is set.
+            context: what `encode_context` made of the embeddings, in place of them.
+            padding_repeats: how often the last text token counts. All padding is one and the same token, so a single one
+                can stand for the last `padding_repeats` of the `config.text_len`: the same sums, with fewer terms.
             subjects: whose text values to add inside their regions.
             subject_alpha: strength of that; 0 as a Python number leaves it out of the computation.
             structure: which video tokens see which.
@@ -214,7 +324,8 @@ class DiT(nn.Module):
             ValueError: a shape contradicts the config or another argument.
         """
         cfg = self.config
-        _check_inputs(cfg, latents, timesteps, text_embeddings, image_embeddings, subjects)
+        num_text_tokens = _check_context(cfg, text_embeddings, image_embeddings, context, padding_repeats)
+        _check_inputs(cfg, latents, timesteps, subjects, num_text_tokens)
         if isinstance(subject_alpha, int | float) and subject_alpha == 0:
             subjects = None
 
@@ -235,37 +346,68 @@ class DiT(nn.Module):
         time_modulation = Linear(6 * cfg.dim, jnp.float32, name="time_modulation")(nn.silu(time))
         time_modulation = rearrange(time_modulation, "b g (six d) -> b g six d", six=6)
 
-        text = Linear(cfg.dim, cfg.dtype, SMALL, name="text_in")(text_embeddings)
-        text = Linear(cfg.dim, cfg.dtype, SMALL, name="text_out")(nn.gelu(text, approximate=True))
+        text = image = text_bias = None
+        if text_embeddings is not None:
+            text, image = embed_context(cfg, text_embeddings, image_embeddings)
+        if padding_repeats > 1:  # a token that counts n times has n times the weight: log n on its logit
+            text_bias = jnp.zeros(num_text_tokens).at[-1].set(math.log(padding_repeats))
 
-        image = image_embeddings
-        if cfg.image_dim is not None:
-            # The reference projects image tokens with its own epsilon and the exact GELU, unlike everything else here.
-            image = LayerNorm(1e-5, name="image_in_norm")(image)
-            image = nn.gelu(Linear(cfg.image_dim, cfg.dtype, name="image_in")(image), approximate=False)
-            image = LayerNorm(1e-5, name="image_out_norm")(Linear(cfg.dim, cfg.dtype, name="image_out")(image))
-
+        per_layer, of_all = 0, nn.broadcast
         blocks = nn.scan(
             REMAT[cfg.remat](Block),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(per_layer, *[of_all] * 8),
             length=cfg.num_layers,
         )(cfg, name="blocks")
-        x, _ = blocks(x, time_modulation, rotations, text, image, subjects, subject_alpha, structure)
+        x, _ = blocks(
+            x, context, text, image, text_bias, time_modulation, rotations, subjects, subject_alpha, structure
+        )
 
         x = Head(cfg, name="head")(x, time)
         f, h, w = grid
         return rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=f, h=h, w=w, p=p, q=q, r=r)
 
 
+def _check_context(
+    config: DiTConfig,
+    text_embeddings: Array | None,
+    image_embeddings: Array | None,
+    context: Context | None,
+    padding_repeats: int,
+) -> int:
+    """The number of text tokens."""
+    if context is None:
+        name, text, width = "text_embeddings", text_embeddings, config.text_dim
+        image_name, image = "image_embeddings", image_embeddings
+    else:
+        name, text, width = "context.text.key", context.text.key, config.dim
+        image_name, image = "context.image", context.image
+    is_doubled = context is not None and (text_embeddings is not None or image_embeddings is not None)
+    if text is None or is_doubled:
+        raise ValueError(
+            "Either text_embeddings, and image_embeddings if the model has them, or context must be given."
+        )
+    if padding_repeats < 1:
+        raise ValueError(f"padding_repeats={padding_repeats} must be 1 or more.")
+    num_tokens = text.shape[-2]
+    if num_tokens + padding_repeats - 1 != config.text_len or text.shape[-1] != width:
+        raise ValueError(
+            f"{name} has shape {text.shape}; expected text_len={config.text_len} tokens, padded with zeros, of which the last "
+            f"counts padding_repeats={padding_repeats} times, and {width} values each."
+        )
+    if (image is None) != (config.image_dim is None):
+        state = "None" if image is None else "given"
+        raise ValueError(f"{image_name} is {state}, but the model has image_dim={config.image_dim}.")
+    return num_tokens
+
+
 def _check_inputs(
     config: DiTConfig,
     latents: Array,
     timesteps: Array,
-    text_embeddings: Array,
-    image_embeddings: Array | None,
     subjects: SubjectInjection | None,
+    num_text_tokens: int,
 ) -> None:
     sizes = latents.shape[1:4]
     is_whole = all(size % patch == 0 for size, patch in zip(sizes, config.patch_size, strict=True))
@@ -277,18 +419,21 @@ def _check_inputs(
     per_clip, per_frame = latents.shape[:1], (latents.shape[0], sizes[0] // config.patch_size[0])
     if timesteps.shape not in (per_clip, per_frame):
         raise ValueError(f"timesteps has shape {timesteps.shape}; expected {per_clip} or {per_frame}.")
-    if text_embeddings.shape[1:] != (config.text_len, config.text_dim):
-        raise ValueError(
-            f"text_embeddings has shape {text_embeddings.shape}; expected text_len={config.text_len}, padded with zeros, "
-            f"and text_dim={config.text_dim} last."
-        )
-    if (image_embeddings is None) != (config.image_dim is None):
-        given = None if image_embeddings is None else image_embeddings.shape
-        raise ValueError(f"image_embeddings has shape {given}, but the model has image_dim={config.image_dim}.")
     if subjects is not None:
         frame_tokens = (sizes[1] // config.patch_size[1]) * (sizes[2] // config.patch_size[2])
-        if subjects.tokens.shape[-1] != config.text_len or subjects.regions.shape[-1] != frame_tokens:
+        if subjects.tokens.shape[-1] != num_text_tokens or subjects.regions.shape[-1] != frame_tokens:
             raise ValueError(
                 f"subjects has tokens {subjects.tokens.shape} and regions {subjects.regions.shape}; expected "
-                f"text_len={config.text_len} and {frame_tokens} tokens of a latent frame last."
+                f"{num_text_tokens} text tokens and {frame_tokens} tokens of a latent frame last."
             )
+
+
+def step_flops(config: DiTConfig, video_tokens: int, context_tokens: int) -> float:
+    """Floating point operations of one evaluation for one sample, counting a multiplication and an addition as two.
+
+    Matrix products of the blocks alone: the rest is below 1 %. Keys and values of the context are not part of a step.
+    """
+    width = config.dim
+    linear = 2 * video_tokens * width * (6 * width + 2 * config.ffn_dim)  # 4 of self- and 2 of cross-attention
+    attention = 4 * video_tokens * width * (video_tokens + context_tokens)
+    return float(config.num_layers * (linear + attention))

@@ -12,6 +12,7 @@ So one call on the whole clip and any chain of chunks give equal results, as lon
 Port of wan/modules/vae.py, Wan-Video/Wan2.1@9737cba.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 from magref_jax.config import VAEConfig
 
 Cache = Any  # a nested dict of the last frames each temporal layer has seen
+Finish = Callable[[Array], Array]  # of frames in [-1, 1], one by one: to bytes, for example
 
 _KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -77,6 +79,18 @@ def _conv_taps(x: Array, past: Array | None, kernel: Array) -> Array:
 
 
 CONVOLUTIONS = {"3d": _conv3d, "taps": _conv_taps}
+
+
+class Chunk:
+    """The layers of a module on one chunk: each takes its part of the cache before, and leaves one in `cache`."""
+
+    def __init__(self, before: Cache) -> None:
+        self.before = before or {}
+        self.cache = {}
+
+    def __call__(self, layer: nn.Module, x: Array) -> Array:
+        x, self.cache[layer.name] = layer(x, self.before.get(layer.name))
+        return x
 
 
 class CausalConv(nn.Module):
@@ -134,16 +148,14 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"], cache: Cache = None) -> tuple[Float[Array, "B F H W D"], Cache]:
-        cache = cache or {}
-        new_cache = {}
+        run = Chunk(cache)
         y = x
         for layer in ("in", "out"):
             y = nn.silu(ChannelNorm(name=f"norm_{layer}")(y))
-            conv = CausalConv(self.config, self.features, name=f"conv_{layer}")
-            y, new_cache[layer] = conv(y, cache.get(layer))
+            y = run(CausalConv(self.config, self.features, name=f"conv_{layer}"), y)
         if x.shape[-1] != self.features:
             x = Conv(self.features, name="shortcut")(x)
-        return x + y, new_cache
+        return x + y, run.cache
 
 
 class SpatialAttention(nn.Module):
@@ -212,12 +224,11 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache = None) -> tuple[Array, Cache]:
-        cache = cache or {}
-        new_cache = {}
-        x, new_cache["res_0"] = ResidualBlock(self.config, self.features, name="res_0")(x, cache.get("res_0"))
+        run = Chunk(cache)
+        x = run(ResidualBlock(self.config, self.features, name="res_0"), x)
         x = SpatialAttention(name="attention")(x)
-        x, new_cache["res_1"] = ResidualBlock(self.config, self.features, name="res_1")(x, cache.get("res_1"))
-        return x, new_cache
+        x = run(ResidualBlock(self.config, self.features, name="res_1"), x)
+        return x, run.cache
 
 
 class Encoder(nn.Module):
@@ -226,25 +237,17 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W 3"], cache: Cache = None) -> tuple[Float[Array, "B f h w C"], Cache]:
         cfg = self.config
-        cache = cache or {}
-        new_cache = {}
-
-        def run(name: str, module: nn.Module, x: Array) -> Array:
-            x, new_cache[name] = module(x, cache.get(name))
-            return x
-
-        x = run("conv_in", CausalConv(cfg, cfg.base_dim, name="conv_in"), x)
+        run = Chunk(cache)
+        x = run(CausalConv(cfg, cfg.base_dim, name="conv_in"), x)
         for stage, multiplier in enumerate(cfg.dim_multipliers):
             for i in range(cfg.num_res_blocks):
-                name = f"stage_{stage}_res_{i}"
-                x = run(name, ResidualBlock(cfg, cfg.base_dim * multiplier, name=name), x)
+                x = run(ResidualBlock(cfg, cfg.base_dim * multiplier, name=f"stage_{stage}_res_{i}"), x)
             if stage < len(cfg.temporal_downsample):
-                name = f"stage_{stage}_down"
-                x = run(name, Downsample(cfg, cfg.temporal_downsample[stage], name=name), x)
-        x = run("middle", Middle(cfg, x.shape[-1], name="middle"), x)
+                x = run(Downsample(cfg, cfg.temporal_downsample[stage], name=f"stage_{stage}_down"), x)
+        x = run(Middle(cfg, x.shape[-1], name="middle"), x)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
-        x = run("conv_out", CausalConv(cfg, 2 * cfg.latent_channels, name="conv_out"), x)
-        return x, new_cache
+        x = run(CausalConv(cfg, 2 * cfg.latent_channels, name="conv_out"), x)
+        return x, run.cache
 
 
 class Decoder(nn.Module):
@@ -253,26 +256,18 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B f h w C"], cache: Cache = None) -> tuple[Float[Array, "B F H W 3"], Cache]:
         cfg = self.config
-        cache = cache or {}
-        new_cache = {}
-
-        def run(name: str, module: nn.Module, x: Array) -> Array:
-            x, new_cache[name] = module(x, cache.get(name))
-            return x
-
+        run = Chunk(cache)
         multipliers = cfg.dim_multipliers[::-1]
-        x = run("conv_in", CausalConv(cfg, cfg.base_dim * multipliers[0], name="conv_in"), x)
-        x = run("middle", Middle(cfg, x.shape[-1], name="middle"), x)
+        x = run(CausalConv(cfg, cfg.base_dim * multipliers[0], name="conv_in"), x)
+        x = run(Middle(cfg, x.shape[-1], name="middle"), x)
         for stage, multiplier in enumerate(multipliers):
             for i in range(cfg.num_res_blocks + 1):
-                name = f"stage_{stage}_res_{i}"
-                x = run(name, ResidualBlock(cfg, cfg.base_dim * multiplier, name=name), x)
+                x = run(ResidualBlock(cfg, cfg.base_dim * multiplier, name=f"stage_{stage}_res_{i}"), x)
             if stage < len(cfg.temporal_downsample):
-                name = f"stage_{stage}_up"
-                x = run(name, Upsample(cfg, cfg.temporal_downsample[::-1][stage], name=name), x)
+                x = run(Upsample(cfg, cfg.temporal_downsample[::-1][stage], name=f"stage_{stage}_up"), x)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
-        x = run("conv_out", CausalConv(cfg, 3, name="conv_out"), x)
-        return x, new_cache
+        x = run(CausalConv(cfg, 3, name="conv_out"), x)
+        return x, run.cache
 
 
 class VAE(nn.Module):
@@ -333,10 +328,10 @@ def encode(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 3"]) ->
     return normalise(config, mean)
 
 
-def decode(config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
-    """Frames in [-1, 1] of whole clips of normalised latents."""
+def decode(config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"], finish: Finish | None = None) -> Array:
+    """Frames [B F H W 3] in [-1, 1] of whole clips of normalised latents, or what `finish` makes of them."""
     frames, _ = VAE(config).apply({"params": params}, denormalise(config, latents), method="decode")
-    return jnp.clip(frames, -1.0, 1.0)
+    return _finish(frames, finish)
 
 
 def encode_stream(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 3"]) -> Float[Array, "B f h w C"]:
@@ -350,20 +345,36 @@ def encode_stream(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 
     return _stream(chunk, frames, config.temporal_stride)
 
 
-def decode_stream(config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
-    """As `decode`, one latent frame after another."""
+def decode_stream(
+    config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"], finish: Finish | None = None
+) -> Array:
+    """As `decode`, one latent frame after another. Of all frames, only what `finish` returns is ever there at once."""
 
     def chunk(cache: Cache, latents: Array) -> tuple[Cache, Array]:
         frames, cache = VAE(config).apply({"params": params}, denormalise(config, latents), cache, method="decode")
-        return cache, jnp.clip(frames, -1.0, 1.0)
+        return cache, _finish(frames, finish)
 
     return _stream(chunk, latents, 1)
 
 
-def _stream(chunk: Any, x: Array, size: int) -> Array:
-    """Runs `chunk(cache, x)` on the first frame, then on every `size` frames."""
+def _finish(frames: Float[Array, "B F H W 3"], finish: Finish | None) -> Array:
+    frames = jnp.clip(frames, -1.0, 1.0)
+    return frames if finish is None else finish(frames)
+
+
+def _stream(chunk: Callable[[Cache, Array], tuple[Cache, Array]], x: Array, size: int) -> Array:
+    """Runs `chunk` on the first frame, then on every `size` frames."""
     cache, first = chunk(None, x[:, :1])
-    if x.shape[1] == 1:
+    num_chunks = (x.shape[1] - 1) // size
+    if num_chunks == 0:
         return first
-    _, rest = lax.scan(chunk, cache, rearrange(x[:, 1:], "b (n s) h w c -> n b s h w c", s=size))
-    return jnp.concatenate([first, rearrange(rest, "n b s h w c -> b (n s) h w c")], 1)
+    _, part = jax.eval_shape(chunk, cache, x[:, :size])
+    # Written where they belong, in the loop: stacked and moved afterwards, all frames would be there twice.
+    out = jnp.zeros((x.shape[0], 1 + num_chunks * part.shape[1], *first.shape[2:]), first.dtype).at[:, :1].set(first)
+
+    def step(i: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+        cache, out = carry
+        cache, part = chunk(cache, lax.dynamic_slice_in_dim(x, 1 + i * size, size, 1))
+        return cache, lax.dynamic_update_slice_in_dim(out, part, 1 + i * part.shape[1], 1)
+
+    return lax.fori_loop(0, num_chunks, step, (cache, out))[1]

@@ -1,12 +1,10 @@
 """The canvas against the numbers of the official code, recorded at 832x480."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from magref_jax.conditioning.canvas import assign, compose_canvas, draw_regions, layout_cells, resize_and_pad, to_rgb
+from magref_jax.conditioning.canvas import assign, compose_canvas, draw_regions, layout_cells, resize_and_pad
 
 HEIGHT, WIDTH = 480, 832
 LEFT, CENTRE, RIGHT = (0, 0, 277, 480), (277, 0, 554, 480), (554, 0, 832, 480)
@@ -202,40 +200,67 @@ def test_no_reference_is_a_blank_canvas(layout):
     assert canvas.regions == canvas.cells == ()
 
 
-def saved(image, **options):
-    file = io.BytesIO()
-    image.save(file, "PNG", **options)
-    return Image.open(file)
+def test_strict_parity_keeps_the_colours_under_transparency():
+    cut_out = Image.new("RGBA", (8, 8), (200, 10, 10, 0))
+    assert compose_canvas([cut_out], 8, 8).image.min() == 255
+    np.testing.assert_array_equal(compose_canvas([cut_out], 8, 8, strict_parity=True).image[0, 0], (200, 10, 10))
 
 
-def test_transparency_becomes_white():
-    hidden = saved(Image.new("RGBA", (2, 2), (200, 10, 10, 0)))
-    np.testing.assert_array_equal(to_rgb(hidden), 255)
-    np.testing.assert_array_equal(np.asarray(to_rgb(hidden, strict_parity=True))[0, 0], (200, 10, 10))
-    half = Image.new("RGBA", (1, 1), (200, 10, 10, 51))  # a fifth opaque
-    np.testing.assert_array_equal(np.asarray(to_rgb(half))[0, 0], (244, 206, 206))
-    np.testing.assert_array_equal(to_rgb(Image.new("LA", (1, 1), (0, 0))), 255)
-    palette = Image.new("P", (1, 1), 0)
-    palette.putpalette([200, 10, 10])
-    np.testing.assert_array_equal(np.asarray(to_rgb(saved(palette)))[0, 0], (200, 10, 10))
-    np.testing.assert_array_equal(to_rgb(saved(palette, transparency=0)), 255)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
 
-def test_photographs_are_turned_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
-    photograph = Image.new("RGB", (40, 20))
-    photograph.putpixel((0, 0), (255, 0, 0))
-    photograph = saved(photograph, exif=exif)
-    upright = to_rgb(photograph)
-    assert upright.size == (20, 40)
-    assert upright.getpixel((19, 0)) == (255, 0, 0)  # the top left corner is now top right
-    assert to_rgb(photograph, strict_parity=True).size == (40, 20)
+@pytest.mark.parametrize(
+    ("cell", "scaled", "crop"),
+    [
+        ((40, 30), (40, 30), (0, 0, 40, 30)),  # the shape of the image
+        ((30, 30), (40, 30), (5, 0, 35, 30)),  # the sides are cut
+        ((60, 15), (60, 45), (0, 15, 60, 30)),  # top and bottom are cut
+        ((240, 120), (240, 180), (0, 30, 240, 150)),  # enlarged
+    ],
+)
+def test_a_background_fills_its_cell_with_its_middle(cell, scaled, crop):
+    canvas = compose_canvas([NOISE], cell[1], cell[0], roles=["background"])
+    expected = NOISE.resize(scaled, Image.Resampling.LANCZOS).crop(crop)
+    np.testing.assert_array_equal(canvas.image, np.asarray(expected))
+    assert canvas.mask.min() == 1
+    assert canvas.regions == canvas.cells == ((0, 0, *cell),)
 
 
-def test_sixteen_bit_grey_is_scaled():
-    grey = saved(Image.fromarray(np.array([[0, 300, 30000, 65535]], np.uint16)))
-    np.testing.assert_array_equal(np.asarray(to_rgb(grey))[0, :, 0], [0, 1, 117, 255])
+@pytest.mark.parametrize("layout", ["v1", "v2"])
+def test_a_background_among_subjects_owns_its_whole_cell(layout):
+    images = [solid(50, 50), solid(50, 50, (0, 200, 0)), solid(50, 50)]
+    plain = compose_canvas(images, HEIGHT, WIDTH, layout, 0)
+    canvas = compose_canvas(images, HEIGHT, WIDTH, layout, 0, ["subject", "background", "subject"])
+    assert canvas.cells == plain.cells
+    assert canvas.regions == (plain.regions[0], plain.cells[1], plain.regions[2])
+    x0, y0, x1, y1 = canvas.cells[1]
+    np.testing.assert_array_equal(canvas.image[y0:y1, x0:x1], np.broadcast_to((0, 200, 0), (y1 - y0, x1 - x0, 3)))
+    np.testing.assert_array_equal(canvas.mask[y0:y1, x0:x1], 1)
+    outside = np.ones((HEIGHT, WIDTH), bool)
+    outside[y0:y1, x0:x1] = False
+    np.testing.assert_array_equal(canvas.image[outside], plain.image[outside])
+    np.testing.assert_array_equal(canvas.mask[outside], plain.mask[outside])
+
+
+def test_roles_of_subjects_change_nothing():
+    plain = compose_canvas([NOISE, solid(9, 4)], HEIGHT, WIDTH)
+    canvas = compose_canvas([NOISE, solid(9, 4)], HEIGHT, WIDTH, roles=("subject", "subject"))
+    np.testing.assert_array_equal(canvas.image, plain.image)
+    np.testing.assert_array_equal(canvas.mask, plain.mask)
+    assert canvas.regions == plain.regions
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+def test_no_background_is_too_elongated(size):
+    canvas = compose_canvas([solid(*size)], HEIGHT, WIDTH, roles=["background"])
+    np.testing.assert_array_equal(canvas.image, np.broadcast_to((10, 20, 30), (HEIGHT, WIDTH, 3)))
+
+
+def test_wrong_roles():
+    with pytest.raises(ValueError, match="1 roles given for 2 reference images"):
+        compose_canvas([NOISE, NOISE], HEIGHT, WIDTH, roles=["background"])
+    with pytest.raises(ValueError, match="role 'hero' is unknown; choose one of 'subject', 'background'"):
+        compose_canvas([NOISE], HEIGHT, WIDTH, roles=["hero"])
 
 
 def test_drawing_is_large_and_outlines_regions():

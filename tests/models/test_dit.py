@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from magref_jax.config import DiTConfig
 from magref_jax.models.attention import AttentionStructure
-from magref_jax.models.dit import Block, DiT, SubjectInjection, inject_subjects
+from magref_jax.models.dit import Block, DiT, SubjectInjection, encode_context, inject_subjects
 
 TINY = DiTConfig(
     dim=24,
@@ -174,9 +174,9 @@ def test_frame_positions_matter_by_their_distances_alone(params: Any, velocity: 
         at(0, 1)
 
 
-def two_subjects() -> SubjectInjection:
+def two_subjects(text_len: int = 5) -> SubjectInjection:
     """Two of three slots used; tokens (row, column) of frame 0 lie in a 2 x 3 grid and the regions share token 4."""
-    tokens, regions = np.zeros((2, 3, 5), np.float32), np.zeros((2, 3, 6), np.float32)
+    tokens, regions = np.zeros((2, 3, text_len), np.float32), np.zeros((2, 3, 6), np.float32)
     tokens[:, 0, [0, 1]], tokens[:, 1, 2] = 1, 1
     regions[:, 0, [3, 4]], regions[:, 1, 4] = 1, 1
     return SubjectInjection(tokens, regions)
@@ -218,6 +218,56 @@ def test_injection_changes_the_first_block_inside_the_regions_of_frame_0_only(pa
     np.testing.assert_allclose(np.delete(changed, [3, 4], axis=1), 0.0, atol=1e-6)  # two programs, rounded apart
 
 
+@pytest.mark.parametrize("image_dim", [14, None])
+def test_context_and_one_padding_token_are_the_embeddings_and_all_of_them(image_dim: int | None):
+    config = dataclasses.replace(TINY, image_dim=image_dim, text_len=40)
+    params = random_params(config)
+    latents, timesteps, text, image = example_inputs(config)  # three tokens of text, 37 of padding
+    subjects = two_subjects(40)
+    collapsed = dataclasses.replace(subjects, tokens=subjects.tokens[..., :4])
+
+    @jax.jit
+    def velocities(params: Any) -> list[jax.Array]:
+        dit = functools.partial(DiT(config).apply, {"params": params}, latents, timesteps, subject_alpha=0.7)
+        contexts = [encode_context(config, params, text[:, :length], image) for length in (40, 4)]
+        return [
+            dit(text, image, subjects=subjects),
+            dit(context=contexts[0], subjects=subjects),
+            dit(text[:, :4], image, subjects=collapsed, padding_repeats=37),
+            dit(context=contexts[1], subjects=collapsed, padding_repeats=37),
+        ]
+
+    expected, *found = velocities(params)
+    for velocity in found:
+        np.testing.assert_allclose(velocity, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Either text_embeddings"),
+        ({"text": 5, "image": True, "context": 5}, "Either text_embeddings"),
+        ({"image": True, "context": 5}, "Either text_embeddings"),
+        ({"context": 4}, r"context.text.key has shape \(2, 2, 4, 24\); expected text_len=5 tokens"),
+        ({"context": 5, "padding_repeats": 2}, "counts padding_repeats=2 times"),
+        ({"text": 5, "image": True, "padding_repeats": 0}, "padding_repeats=0 must be 1 or more"),
+    ],
+)
+def test_contexts_that_do_not_fit_are_errors(params: Any, arguments: dict[str, Any], message: str):
+    latents, timesteps, text, image = example_inputs(TINY)
+
+    def run() -> jax.Array:
+        given = dict(arguments)
+        if "context" in given:
+            given["context"] = encode_context(TINY, params, text[:, : given["context"]], image)
+        given["text_embeddings"] = text[:, : given.pop("text")] if "text" in given else None
+        given["image_embeddings"] = image if given.pop("image", False) else None
+        return DiT(TINY).apply({"params": params}, latents, timesteps, **given)
+
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -225,7 +275,7 @@ def test_injection_changes_the_first_block_inside_the_regions_of_frame_0_only(pa
         ({"latents": (2, 3, 5, 6, 6)}, r"multiples of patch_size=\(1, 2, 2\)"),
         ({"timesteps": (2, 2)}, r"timesteps has shape \(2, 2\); expected \(2,\) or \(2, 3\)"),
         ({"text_embeddings": (2, 4, 10)}, r"text_embeddings has shape \(2, 4, 10\); expected text_len=5"),
-        ({"image_embeddings": None}, r"image_embeddings has shape None, but the model has image_dim=14"),
+        ({"image_embeddings": None}, r"image_embeddings is None, but the model has image_dim=14"),
     ],
 )
 def test_wrong_shapes_are_errors(change: dict[str, tuple[int, ...] | None], message: str):
@@ -238,7 +288,7 @@ def test_wrong_shapes_are_errors(change: dict[str, tuple[int, ...] | None], mess
 
 def test_subjects_of_another_size_are_an_error(params: Any):
     subjects = SubjectInjection(np.zeros((2, 1, 5)), np.zeros((2, 1, 7)))
-    with pytest.raises(ValueError, match=r"regions \(2, 1, 7\); expected text_len=5 and 6 tokens"):
+    with pytest.raises(ValueError, match=r"regions \(2, 1, 7\); expected 5 text tokens and 6 tokens"):
         jax.eval_shape(lambda: DiT(TINY).apply({"params": params}, *example_inputs(TINY), subjects=subjects))
 
 

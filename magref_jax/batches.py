@@ -1,0 +1,236 @@
+"""From checked entries to batches of one shape, and through the pipeline to files: what `sample.py` runs.
+
+A batch holds cases of one size, in the order of the file, whatever is finished already: so a run that goes on after an
+interruption makes the same batches, and with them the same bytes. All batches see equally many text tokens, so that there is
+one compilation per size.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from PIL import Image
+
+from magref_jax import images, outputs, pipeline
+from magref_jax.conditioning.canvas import Order
+from magref_jax.conditioning.subjects import align_subject, clean_prompt
+from magref_jax.config import ModelConfig, SamplingConfig
+from magref_jax.diffusion.step_cache import StepPlan
+from magref_jax.prompts import Checked, Checks
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What all cases of a run have in common, besides the sampling options."""
+
+    seed: int
+    fps: float
+    model: outputs.FileSettings
+    order: Order | None = None  # of the references on the canvas; None draws it from seed and key
+    loras: tuple[outputs.LoraSettings, ...] = ()
+    step_plan: StepPlan | None = None
+    strict_parity: bool = False
+    store_metadata: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedCase:
+    """A case that can be made, and everything its files depend on."""
+
+    checked: Checked
+    settings: outputs.CaseSettings
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return self.settings["key"]
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return self.checked.sampling
+
+    def read_images(self) -> list[Image.Image]:
+        """The references as they go onto the canvas.
+
+        Raises:
+            ValueError: a file is damaged, or no longer what it was when the run began.
+        """
+        strict = self.settings["strict_parity"]
+        references = self.checked.entry.references
+        for reference, known in zip(references, self.settings["references"], strict=True):
+            if outputs.file_settings(reference.path)["sha256"] != known["sha256"]:
+                raise ValueError(f"{reference.path} has changed since it was checked.")
+        return [images.read_image(reference.path, strict_parity=strict) for reference in references]
+
+    def request(self) -> pipeline.Request:
+        """What the pipeline is asked for."""
+        entry = self.checked.entry
+        return pipeline.Request(
+            entry.prompt,
+            self.read_images(),
+            self.checked.subjects,
+            self.settings["seed"],
+            self.settings["order"],
+            self.key,
+            tuple(reference.role for reference in entry.references),
+            self.sampling.negative_prompt,
+        )
+
+
+def plan_case(checked: Checked, run: RunSettings) -> PlannedCase:
+    """The case of a checked entry.
+
+    Raises:
+        OSError: a reference cannot be read.
+    """
+    entry = checked.entry
+    settings: outputs.CaseSettings = {
+        "key": entry.key,
+        "prompt": entry.prompt,
+        "seed": entry.overrides.get("seed", run.seed),
+        "references": [
+            {**outputs.file_settings(reference.path), "words": reference.words, "role": reference.role}
+            for reference in entry.references
+        ],
+        "order": run.order,
+        "sampling": dataclasses.asdict(checked.sampling),
+        "model": run.model,
+        "loras": list(run.loras),
+        "step_plan": None if run.step_plan is None else dataclasses.asdict(run.step_plan),
+        "strict_parity": run.strict_parity,
+        "fps": run.fps,
+        "store_metadata": run.store_metadata,
+    }
+    return PlannedCase(checked, settings, outputs.case_digest(settings))
+
+
+def check_tokens(config: ModelConfig, tokenizer: Any, checked: Sequence[Checked], checks: Checks) -> int:
+    """How many text tokens the model must see for all of these; words that it would not see go to `checks`."""
+    limit = config.dit.text_len
+    prompts = {entry.entry.prompt for entry in checked} | {entry.sampling.negative_prompt for entry in checked}
+    ordered = sorted(prompts)
+    cleaned = [clean_prompt(prompt) for prompt in ordered]
+    encodings = tokenizer(cleaned, truncation=True, max_length=limit, return_offsets_mapping=True) if cleaned else {}
+    lengths = {prompt: len(ids) for prompt, ids in zip(ordered, encodings.get("input_ids", ()), strict=True)}
+    offsets = dict(zip(ordered, encodings.get("offset_mapping", ()), strict=True))
+    for case in checked:
+        prompt, where = case.entry.prompt, case.entry.where
+        if lengths[prompt] < limit:
+            continue
+        checks.notes.append(f"{where}: the model reads {limit} tokens; what the prompt says after them is not seen.")
+        for subject in case.subjects:
+            if subject is not None:
+                checks.attempt(where, align_subject, clean_prompt(prompt), subject, offsets[prompt])
+    return pipeline.count_text_tokens(config, lengths.values())
+
+
+def make_batches(cases: Sequence[PlannedCase], batch_size: int) -> list[list[PlannedCase]]:
+    """Cases of one compiled shape side by side, in the order in which each shape first appears."""
+    groups: dict[SamplingConfig, list[PlannedCase]] = {}
+    for case in cases:
+        groups.setdefault(dataclasses.replace(case.sampling, negative_prompt=""), []).append(case)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+class Clock:
+    """Seconds of a run by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_batches(
+    model: pipeline.Model | None,
+    batches: Iterable[Sequence[PlannedCase]],
+    out: pathlib.Path,
+    *,
+    kept: frozenset[str] = frozenset(),
+    batch_size: int,
+    text_tokens: int,
+    step_plan: StepPlan | None,
+    clock: Clock,
+    on_batch: Callable[[Sequence[PlannedCase]], None] = lambda batch: None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Iterator[outputs.CaseReport]:
+    """Makes and writes the cases that are not kept, and reports each. A case that fails does not stop the others.
+
+    The model may be None where all cases are kept.
+    """
+    for batch in batches:
+        made = [case for case in batch if case.key not in kept]
+        for case in batch:
+            sidecar = outputs.read_sidecar(out, case.key) if case.key in kept else None
+            if sidecar is not None:
+                yield outputs.CaseReport.of(sidecar, "kept")
+        if not made:
+            continue
+        assert model is not None
+        on_batch(made)
+        # Kept ones are computed again beside the others: alone, these might be rounded differently.
+        ready, failures = [], {}
+        for case in batch:
+            try:
+                ready.append((case, case.request()))
+            except (ValueError, OSError) as error:
+                failures[case.key] = str(error)
+        start, ends = time.perf_counter(), []
+
+        def note(step: int, ends: list[float] = ends) -> None:
+            ends.append(time.perf_counter())
+            on_step(step)
+
+        videos: dict[str, pipeline.Video] = {}
+        if ready:
+            sampling = dataclasses.asdict(ready[0][0].sampling)
+            with clock.measure("sampling"):
+                result = pipeline.generate(
+                    model,
+                    [request for _, request in ready],
+                    on_step=note,
+                    step_plan=step_plan,
+                    batch_size=batch_size,
+                    text_tokens=text_tokens,
+                    **sampling,
+                )
+            videos = {case.key: video for (case, _), video in zip(ready, result, strict=True)}
+        seconds = (time.perf_counter() - start) / len(batch)
+        per_step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
+        for case in made:
+            failure = failures.get(case.key) or videos[case.key].failure
+            if failure is None:
+                video = videos[case.key]
+                try:
+                    with clock.measure("writing"):
+                        sidecar = outputs.write_case(out, case.settings, video.frames, video.case.canvas)
+                    yield outputs.CaseReport.of(sidecar, "written", seconds, per_step)
+                    continue
+                except OSError as error:
+                    failure = str(error)
+            sampling = case.sampling
+            yield outputs.CaseReport(
+                case.key,
+                f"failed: {failure}",
+                sampling.height,
+                sampling.width,
+                sampling.num_frames - model.config.drop_frames,
+                sampling.num_inference_steps,
+                seconds,
+                per_step,
+            )
+
+
+def set_compilation_cache(folder: pathlib.Path) -> None:
+    """Keeps compiled programs in a folder, where the next process finds them."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,0 +1,148 @@
+"""What a run would do, without its weights: pictures of what the model will see, and what it will cost.
+
+OUT/dry_run/KEY_canvas.png    the canvas with the place and the words of each reference
+OUT/dry_run/KEY_mask.png      the same canvas, coloured where the mask channels of the transformer say "known"
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from magref_jax import checkpoint, pipeline
+from magref_jax.batches import PlannedCase
+from magref_jax.conditioning.canvas import draw_regions
+from magref_jax.conditioning.case import Case
+from magref_jax.config import ModelConfig
+from magref_jax.diffusion.step_cache import StepPlan
+from magref_jax.files import replacing
+from magref_jax.models.dit import step_flops
+
+TINT = np.array((230, 60, 40))  # of cells that are known
+UNKNOWN = 0.25  # how much is left of the canvas where everything is to be generated
+
+
+def dry_run(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    tokenizer: Any,
+    work: Sequence[Sequence[PlannedCase]],
+    out: pathlib.Path,
+    *,
+    mesh: Mesh | None,
+    batch_size: int,
+    text_tokens: int,
+    step_plan: StepPlan | None,
+) -> None:
+    """Draws every case and prints, for each compiled shape, its sizes, floating point operations and memory."""
+    folder_of_pictures = out / "dry_run"
+    for batch in work:
+        for planned in batch:
+            sampling = dataclasses.asdict(planned.sampling)
+            request = planned.request()
+            case = pipeline.prepare(pipeline.with_sampling(config, **sampling), tokenizer, request)
+            words = [reference["words"] or "" for reference in planned.settings["references"]]
+            pictures = {"canvas": draw_regions(case.canvas, words), "mask": draw_mask(case, words)}
+            for name, picture in pictures.items():
+                with replacing(folder_of_pictures / f"{planned.key}_{name}.png") as part:
+                    picture.save(part, format="PNG")
+    print(f"drew {2 * sum(map(len, work))} pictures in {folder_of_pictures}")
+
+    abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
+    params = {name: checkpoint.stored_params(folder / name, tree) for name, tree in abstract.items()}
+    shapes: dict[Any, list[Sequence[PlannedCase]]] = {}
+    for batch in work:
+        shapes.setdefault(dataclasses.replace(batch[0].sampling, negative_prompt=""), []).append(batch)
+    for sampling, batches in shapes.items():
+        shaped = pipeline.with_sampling(config, **dataclasses.asdict(sampling))
+        request = batches[0][0].request()
+        lowered = pipeline.lower(
+            shaped,
+            tokenizer,
+            params,
+            request,
+            mesh=mesh,
+            batch_size=batch_size,
+            text_tokens=text_tokens,
+            step_plan=step_plan,
+        )
+        lines = describe(shaped, batches, text_tokens, step_plan) | memory(params, lowered)
+        width = max(map(len, lines))
+        print()
+        for name, value in lines.items():
+            print(f"{name:{width}}  {value}")
+
+
+def draw_mask(case: Case, words: Sequence[str], min_width: int = 960) -> Image.Image:
+    """The canvas in colour where the mask of latent frame 0 is 1, nearly white elsewhere, with the regions and words on it."""
+    mask = case.region_mask[0, :, :, 0]
+    stride = len(case.canvas.image) // len(mask)
+    known = mask.repeat(stride, axis=0).repeat(stride, axis=1)[..., None]
+    image = case.canvas.image.astype(np.float32)
+    tinted = 0.6 * image + 0.4 * TINT
+    faded = 255 - UNKNOWN * (255 - image)
+    mixed = np.where(known == 1, tinted, faded).round().astype(np.uint8)
+    return draw_regions(dataclasses.replace(case.canvas, image=mixed), words, min_width)
+
+
+def describe(
+    config: ModelConfig, batches: Sequence[Sequence[PlannedCase]], text_tokens: int, step_plan: StepPlan | None
+) -> dict[str, str]:
+    """Sizes and operations of one compiled shape."""
+    sampling, dit, vae = config.sampling, config.dit, config.vae
+    latents = (
+        vae.num_latent_frames(sampling.num_frames),
+        sampling.height // vae.spatial_stride,
+        sampling.width // vae.spatial_stride,
+    )
+    tokens = int(np.prod([size // patch for size, patch in zip(latents, dit.patch_size, strict=True)]))
+    image_tokens = 0 if config.image_encoder is None else config.image_encoder.num_tokens
+    branches = len(pipeline.guidance_branches(sampling.guidance_scale))
+    evaluations = sampling.num_inference_steps if step_plan is None else step_plan.num_evaluations
+    per_step = branches * step_flops(dit, tokens, text_tokens + image_tokens)
+    num_cases = sum(map(len, batches))
+    return {
+        "size": f"{sampling.width}x{sampling.height}, {sampling.num_frames} frames, "
+        f"{sampling.num_frames - config.drop_frames} after the canvas is dropped",
+        "cases": f"{num_cases} in {len(batches)} batch{'' if len(batches) == 1 else 'es'}",
+        "latents": " x ".join(map(str, (*latents, vae.latent_channels))),
+        "tokens": f"{tokens} video, {text_tokens} text (of {dit.text_len}, the rest is padding), {image_tokens} image",
+        "steps": f"{sampling.num_inference_steps} of {sampling.solver}, {evaluations} of them with the network, "
+        f"{branches} branch{'' if branches == 1 else 'es'} of guidance",
+        "operations": f"{_number(per_step)}FLOP per step and case, {_number(per_step * evaluations * num_cases)}FLOP in all",
+    }
+
+
+def memory(params: dict[str, Any], lowered: dict[str, jax.stages.Lowered]) -> dict[str, str]:
+    """Bytes on the fullest device, as the compiler plans them: parameters, and what each program needs besides."""
+    stored = sum(map(_device_bytes, jax.tree.leaves(params)))
+    used = {"encoding": ("dit", "vae", "text_encoder", "image_encoder"), "sampling": ("dit",), "decoding": ("vae",)}
+    needs = {}
+    for name, program in lowered.items():
+        plan = program.compile().memory_analysis()
+        if plan is None:  # a platform that does not say
+            continue
+        inputs = sum(_device_bytes(leaf) for network in used[name] for leaf in jax.tree.leaves(params.get(network, ())))
+        other = max(0, plan.argument_size_in_bytes - inputs)
+        needs[name] = other + plan.temp_size_in_bytes + plan.output_size_in_bytes
+    parts = ", ".join(f"{name} {_number(value)}B" for name, value in needs.items())
+    total = stored + max(needs.values(), default=0)
+    return {"memory": f"{_number(total)}B per device: parameters {_number(stored)}B, then at most {parts}"}
+
+
+def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return int(np.prod(shape)) * leaf.dtype.itemsize
+
+
+def _number(value: float) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} E"
