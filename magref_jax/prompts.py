@@ -28,7 +28,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from magref_jax import images
 from magref_jax.conditioning.canvas import PLACEMENTS, Role, fitted_size, layout_cells
-from magref_jax.conditioning.subjects import _LETTER, Span, Subject, clean_prompt, find_words
+from magref_jax.conditioning.subjects import Subject, clean_prompt, find_words, occurrences
 from magref_jax.config import Layout, SamplingConfig
 
 MAX_KEY = 120  # bytes of a file name, which may have 255
@@ -196,7 +196,7 @@ def _key(value: Any) -> str:
 
 def _prompt(value: Any) -> str:
     text = _text(value)
-    if not _cleaned(text):
+    if not clean_prompt(text):
         raise ValueError("has no words.")
     return text
 
@@ -386,7 +386,7 @@ def _with_labels(
         checks.notes.append(f"{where}: has {len(labels)} class labels for {len(named)} references.")
     for index, (reference, label) in enumerate(zip(named, labels, strict=False)):
         if reference.words is None and label:
-            if _find(_cleaned(prompt), label) is not None:
+            if any(occurrences(clean_prompt(prompt), label)):
                 named[index] = dataclasses.replace(reference, words=label)
             else:
                 checks.notes.append(f"{where}: the class label {_shown(label)} is not in the prompt and names nothing.")
@@ -653,10 +653,10 @@ def _check_cells(
 
 def _find_subjects(entry: Entry, problems: list[str], checks: Checks) -> tuple[Subject | None, ...]:
     subjects: list[Subject | None] = []
-    prompt = _cleaned(entry.prompt)
+    prompt = clean_prompt(entry.prompt)
     for reference in entry.references:
         words = reference.words
-        span = None if words is None else _find(prompt, words)
+        span = None if words is None else next(occurrences(prompt, words), None)
         subjects.append(None if words is None or span is None else Subject(words, span=span))
         if words is not None and span is None:
             # What `find_words` says is better, but too slow to say it ten thousand times.
@@ -666,41 +666,3 @@ def _find_subjects(entry: Entry, problems: list[str], checks: Checks) -> tuple[S
     if len(set(spans)) < len(spans):
         checks.notes.append(f"{entry.where}: two references have the same words.")
     return tuple(subjects)
-
-
-# Cleaning would cost most of the time of a long file, and English prompts have nothing to clean. What goes the long way
-# is all that is not ASCII, control characters, and &, which begins an HTML entity.
-_CLEAN = re.compile(r"[ !-%'-~]*")
-
-
-@functools.lru_cache(maxsize=2**14)
-def _cleaned(prompt: str) -> str:
-    """`clean_prompt`, in no time for plain ASCII."""
-    return " ".join(prompt.split()) if _CLEAN.fullmatch(prompt) else clean_prompt(prompt)
-
-
-_is_letter = re.compile(_LETTER).match
-
-
-def _find(prompt: str, words: str) -> Span | None:
-    """`find_words` in a cleaned prompt, or None; without a pattern for every word, which takes milliseconds each."""
-    words = _cleaned(words)
-    if not words:
-        return None
-    plain = prompt.isascii() and words.isascii()  # where lower() is all there is to upper and lower case
-    text, name, pattern = (
-        (prompt.lower(), words.lower(), None) if plain else (prompt, words, re.compile(re.escape(words), re.IGNORECASE))
-    )
-    start = -1
-    while True:
-        if pattern is None:
-            start = text.find(name, start + 1)
-            stop = start + len(name)
-        else:
-            start, stop = match.span() if (match := pattern.search(text, start + 1)) else (-1, -1)
-        if start < 0:
-            return None
-        before, after = text[max(start - 1, 0) : start], text[stop : stop + 1]
-        glued = (_is_letter(before) and _is_letter(words[0])) or (_is_letter(after) and _is_letter(words[-1]))
-        if not glued:
-            return start, stop

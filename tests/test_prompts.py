@@ -14,8 +14,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from magref_jax import prompts
-from magref_jax.conditioning.subjects import Subject, clean_prompt, find_words
+from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import SamplingConfig
 from magref_jax.prompts import (
     ALIASES,
@@ -526,37 +525,6 @@ def test_a_long_list_of_problems_is_cut(capsys):
     assert first == "sample.py: nothing was written, because of"
     assert listed == [f"  problem {index}" for index in range(50)]
     assert last == "  ... and 11 more"
-
-
-# Cleaning and finding words have a short way for plain text, which must be no other way.
-PLAIN = [chr(code) for code in range(0x20, 0x7F) if chr(code) != "&"]
-
-
-def test_the_short_way_of_cleaning_is_exact_for_plain_text():
-    assert [character for character in map(chr, range(0x250)) if prompts._CLEAN.fullmatch(character)] == PLAIN
-    rng = random.Random(0)
-    # Every character alone and between every kind of neighbour, and long texts, with "<", which ftfy heeds.
-    texts = [a + b for a in PLAIN for b in " a<0"] + [b + a for a in PLAIN for b in " a<0"]
-    texts += ["".join(rng.choices(PLAIN, k=rng.randint(0, 200))) for _ in range(500)]
-    for text in texts:
-        assert prompts._cleaned.__wrapped__(text) == clean_prompt(text)
-
-
-def test_the_short_way_of_finding_words_finds_the_same():
-    rng = random.Random(0)
-    alphabets = ["ab_ -", "aA bB,.", "aé ÉE\u0301", "猫a 犬", "kK\u212a sſS", "İi ıI", "ß sS"]
-    found = 0
-    for index in range(350):  # each with a pattern that takes milliseconds
-        letters = alphabets[index % len(alphabets)]
-        prompt = clean_prompt("".join(rng.choices(letters, k=rng.randint(1, 14))))
-        words = "".join(rng.choices(letters, k=rng.randint(1, 3)))
-        try:
-            expected = find_words(prompt, words)
-        except ValueError:
-            expected = None
-        assert prompts._find(prompt, words) == expected, (prompt, words)
-        found += expected is not None
-    assert 50 < found < 300
 
 
 def test_ten_thousand_lines_are_checked_in_two_seconds(work):

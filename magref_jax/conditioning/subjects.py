@@ -8,9 +8,10 @@ T: text tokens · S: subjects. A span is (start, stop) in characters of the clea
 """
 
 import dataclasses
+import functools
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ftfy
 import numpy as np
@@ -35,13 +36,47 @@ class Subject:
     span: Span | None = None
 
 
+# Printable ASCII but &, which begins an HTML entity: nothing to repair. It is most prompts, and repair takes most of the time
+# that reading a long file of them takes.
+_PLAIN = re.compile(r"[ !-%'-~]*")
+
+
+@functools.lru_cache(maxsize=2**14)
 def clean_prompt(text: str) -> str:
     """The text Wan's tokenizer is given: broken Unicode and HTML entities repaired, runs of white space made one space.
 
     It changes token ids: full-width commas become ASCII ones, curly quotes straight.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not _PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+_is_letter = re.compile(_LETTER).match
+
+
+def occurrences(prompt: str, words: str) -> Iterator[Span]:
+    """Where whole words stand in a cleaned prompt, upper and lower case alike."""
+    words = clean_prompt(words)
+    # One pattern with the letters around the words would say the same, but takes milliseconds to compile for each.
+    plain = prompt.isascii() and words.isascii()  # where lower() is all there is to upper and lower case
+    text, name = (prompt.lower(), words.lower()) if plain else (prompt, words)
+    pattern = None if plain else re.compile(re.escape(words), re.IGNORECASE)
+    start = 0
+    while words:
+        if pattern is None:
+            start = text.find(name, start)
+            stop = start + len(name)
+        else:
+            start, stop = match.span() if (match := pattern.search(text, start)) else (-1, -1)
+        if start < 0:
+            return
+        before, after = text[max(start - 1, 0) : start], text[stop : stop + 1]
+        if (_is_letter(before) and _is_letter(words[0])) or (_is_letter(after) and _is_letter(words[-1])):
+            start += 1
+        else:
+            yield start, stop
+            start = stop
 
 
 def find_words(prompt: str, words: str, occurrence: int = 0) -> Span:
@@ -55,13 +90,7 @@ def find_words(prompt: str, words: str, occurrence: int = 0) -> Span:
         raise ValueError("A subject needs at least one word of the prompt.")
     if occurrence < 0:
         raise ValueError(f"occurrence={occurrence} of {words!r} must be 0 (the first) or more.")
-    before, after = (rf"(?<!{_LETTER})", rf"(?!{_LETTER})")
-    pattern = (
-        (before if re.match(_LETTER, words[0]) else "")
-        + re.escape(words)
-        + (after if re.match(_LETTER, words[-1]) else "")
-    )
-    spans = [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+    spans = list(occurrences(prompt, words))
     if occurrence < len(spans):
         return spans[occurrence]
     found = f"occurs {len(spans)} times, occurrence {occurrence} was asked for" if spans else "is not in the prompt"

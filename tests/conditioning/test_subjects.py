@@ -1,11 +1,15 @@
 """Words to tokens: spans written by hand, and the offsets of a real tokenizer with a small vocabulary."""
 
+import html
+import random
 import re
 
+import ftfy
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from magref_jax.conditioning import subjects
 from magref_jax.conditioning.subjects import Subject, align_subject, clean_prompt, find_words, subject_tokens
 from magref_jax.config import NEGATIVE_PROMPT
 
@@ -158,3 +162,37 @@ def test_subword_offsets(tokenizer, words, pieces):
     tokens = subject_tokens(prompt, [words], lambda text: tokenizer.encode(text).offsets, 1, 32)[0]
     encoded = tokenizer.encode(clean_prompt(prompt)).tokens
     assert [encoded[index] for index in np.flatnonzero(tokens)] == pieces
+
+
+PLAIN = [chr(code) for code in range(0x20, 0x7F) if chr(code) != "&"]
+
+
+def test_plain_text_is_cleaned_as_all_text():
+    assert [character for character in map(chr, range(0x250)) if subjects._PLAIN.fullmatch(character)] == PLAIN
+    rng = random.Random(0)
+    # Every character alone and between every kind of neighbour, and long texts, with "<", which ftfy heeds.
+    texts = [a + b for a in PLAIN for b in " a<0"] + [b + a for a in PLAIN for b in " a<0"]
+    texts += ["".join(rng.choices(PLAIN, k=rng.randint(0, 200))) for _ in range(500)]
+    for text in texts:
+        repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean_prompt.__wrapped__(text) == " ".join(repaired.split())
+
+
+def test_words_are_found_as_by_a_pattern_with_their_neighbours():
+    rng = random.Random(0)
+    alphabets = ["ab_ -", "aA bB,.", "aé ÉE\u0301", "猫a 犬", "kK\u212a sſS", "İi ıI", "ß sS"]
+    letter = subjects._LETTER
+    found = 0
+    for index in range(350):
+        letters = alphabets[index % len(alphabets)]
+        prompt = clean_prompt("".join(rng.choices(letters, k=rng.randint(1, 14))))
+        words = clean_prompt("".join(rng.choices(letters, k=rng.randint(1, 3))))
+        if not words:
+            continue
+        before = rf"(?<!{letter})" if re.match(letter, words[0]) else ""
+        after = rf"(?!{letter})" if re.match(letter, words[-1]) else ""
+        pattern = re.compile(before + re.escape(words) + after, re.IGNORECASE)
+        expected = [match.span() for match in pattern.finditer(prompt)]
+        assert list(subjects.occurrences(prompt, words)) == expected, (prompt, words)
+        found += bool(expected)
+    assert 50 < found < 300
