@@ -41,7 +41,7 @@ from magref_jax.conditioning.case import (
 from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, drop_text
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject
-from magref_jax.config import ImageEncoderConfig, ModelConfig, load_model_config
+from magref_jax.config import ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, apply_loras, read_lora
 from magref_jax.diffusion.flow import make_schedule
 from magref_jax.diffusion.sampling import (
@@ -118,12 +118,17 @@ def takes_references(config: ModelConfig) -> bool:
     return config.dit.in_channels > config.vae.latent_channels
 
 
-def decode(config: ModelConfig, vae_params: Params, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
-    """Frames in [-1, 1] of normalised latents."""
+def decode(
+    config: ModelConfig,
+    vae_params: Params,
+    latents: Float[Array, "B f h w C"],
+    finish: Callable[[Array], Any] | None = None,
+) -> Any:
+    """Frames [B F H W 3] in [-1, 1] of normalised latents, or what `finish` makes of them, piece by piece if they are many."""
     _, frames, rows, columns, _ = latents.shape
     strides = config.vae.temporal_stride, config.vae.spatial_stride, config.vae.spatial_stride
     large = _is_large([size * stride for size, stride in zip((frames, rows, columns), strides, strict=True)])
-    return (vae.decode_stream if large else vae.decode)(config.vae, vae_params, latents)
+    return (vae.decode_stream if large else vae.decode)(config.vae, vae_params, latents, finish)
 
 
 def _is_large(sizes: Sequence[int]) -> bool:
@@ -483,29 +488,40 @@ def _guidance(config: ModelConfig) -> dict[str, float]:
     return guidance_branches(config.sampling.guidance_scale)
 
 
-def _shape_config(config: ModelConfig) -> ModelConfig:
-    """The config without what is an argument of the programs already and would only ask for another compilation."""
-    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, negative_prompt=""))
+def _static(config: ModelConfig, mesh: Mesh | None) -> dict[str, dict[str, Any]]:
+    """The static arguments of each program: no sampling option that it does not depend on, which would be another compilation."""
+
+    def only(*names: str) -> ModelConfig:
+        kept = {name: getattr(config.sampling, name) for name in names}
+        return dataclasses.replace(config, sampling=SamplingConfig(**kept))
+
+    loop = only("solver", "num_inference_steps", "flow_shift", "guidance_scale")
+    return {
+        "encode": {"config": only("num_frames", "solver"), "branches": tuple(_guidance(config)), "mesh": mesh},
+        "advance": {"config": loop, "mesh": mesh},
+        "decode": {"config": only()},
+    }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "branches", "mesh"))
 def _encode(
     params: dict[str, Params],
     arrays: dict[str, Array],
     noise: Float[Array, "B f h w C"],
     *,
     config: ModelConfig,
+    branches: tuple[str, ...],
     mesh: Mesh | None,
 ) -> tuple[DiTInputs, SamplingState, dict[str, Bool[Array, "B"]]]:
     """What the DiT reads of prepared cases, the state to begin with, and whether each part is finite, per case."""
     networks = encoders(config, params)
     negative = {name: arrays.pop(f"negative_{name}") for name in ("token_ids", "attention_mask")}
     conditioning = encode_cases(networks, arrays, config.sampling.num_frames)
-    branches = {"conditional": conditioning}
-    if "unconditional" in _guidance(config):
+    made = {"conditional": conditioning}
+    if "unconditional" in branches:
         null_text = encode_text(networks, negative["token_ids"], negative["attention_mask"])
-        branches["unconditional"] = drop_text(conditioning, jnp.zeros(len(noise), bool), null_text)
-    chosen = [branches[name] for name in _guidance(config)]
+        made["unconditional"] = drop_text(conditioning, jnp.zeros(len(noise), bool), null_text)
+    chosen = [made[name] for name in branches]
     finite = {
         name: jnp.stack([_is_finite(getattr(branch, name)) for branch in chosen]).all(axis=0)
         for name in ("text_embeddings", "image_embeddings", "reference_latents")
@@ -549,8 +565,12 @@ def _decode(
     vae_params: Params, latents: Float[Array, "B f h w C"], *, config: ModelConfig
 ) -> tuple[UInt8[Array, "B F H W 3"], Bool[Array, "B"]]:
     """The frames of a clip, without those that show the canvas, and whether all of a clip's values were finite."""
-    frames = decode(config, vae_params, latents)
-    return jnp.asarray(to_uint8(frames))[:, config.drop_frames :], _is_finite(frames)
+
+    def finish(frames: Array) -> tuple[Array, Array]:
+        return jnp.asarray(to_uint8(frames)), jnp.isfinite(frames).all(axis=(2, 3, 4))
+
+    frames, is_finite = decode(config, vae_params, latents, finish)
+    return frames[:, config.drop_frames :], is_finite.all(axis=1)
 
 
 def _is_finite(values: Float[Array, "B *rest"]) -> Bool[Array, "B"]:
@@ -607,16 +627,13 @@ def lower(
 ) -> dict[str, jax.stages.Lowered]:
     """The programs that `generate` would run for requests of this size; `params` may be shapes and dtypes alone."""
     _, arrays, noise = _prepare_batch(config, tokenizer, [request], None, mesh, batch_size, text_tokens)
-    config = _shape_config(config)
-    encode = functools.partial(_encode, config=config, mesh=mesh)
+    static, plan, step = _static(config, mesh), plan_arrays(step_plan), np.int32(1)
+    encode = functools.partial(_encode, **static["encode"])
     inputs, state, _ = jax.eval_shape(encode, params, arrays, noise)
-    step = np.int32(1)
     return {
-        "encoding": _encode.lower(params, arrays, noise, config=config, mesh=mesh),
-        "sampling": _advance.lower(
-            params["dit"], inputs, state, step, plan_arrays(step_plan), config=config, mesh=mesh
-        ),
-        "decoding": _decode.lower(params["vae"], state.latents, config=config),
+        "encoding": _encode.lower(params, arrays, noise, **static["encode"]),
+        "sampling": _advance.lower(params["dit"], inputs, state, step, plan, **static["advance"]),
+        "decoding": _decode.lower(params["vae"], state.latents, **static["decode"]),
     }
 
 
@@ -649,12 +666,12 @@ def generate(
     if mesh is not None:
         params = jax.device_put(params, _param_shardings(mesh, params))
 
-    config = _shape_config(config)
-    inputs, state, finite = _encode(params, arrays, noise, config=config, mesh=mesh)
+    static = _static(config, mesh)
+    inputs, state, finite = _encode(params, arrays, noise, **static["encode"])
     num_steps, plan = config.sampling.num_inference_steps, plan_arrays(step_plan)
     trajectory, velocities, previous = [], [], state
     for step in range(num_steps):
-        state = _advance(params["dit"], inputs, state, np.int32(step + 1), plan, config=config, mesh=mesh)
+        state = _advance(params["dit"], inputs, state, np.int32(step + 1), plan, **static["advance"])
         if return_trajectory:
             trajectory.append(np.asarray(state.latents)[: len(requests)])
             velocities.append(np.asarray(state.velocity)[: len(requests)])
@@ -664,7 +681,7 @@ def generate(
         previous = state
     else:
         _report(state, num_steps - 1, on_step)
-    frames, frames_are_finite = _decode(params["vae"], state.latents, config=config)
+    frames, frames_are_finite = _decode(params["vae"], state.latents, **static["decode"])
 
     failures: list[str | None] = [None] * len(requests)
     failed_step = np.asarray(state.failed_step)

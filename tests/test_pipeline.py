@@ -193,6 +193,12 @@ def test_without_guidance_the_negative_prompt_does_nothing_and_steps_are_reporte
     assert difference(guided.frames[0], video.frames) > 1
 
 
+def test_other_sampling_options_compile_the_loop_alone(model, video):
+    before = cache_sizes()
+    generate(model, [request()], num_inference_steps=2, flow_shift=5.0, guidance_scale=4.0)
+    assert [after - size for after, size in zip(cache_sizes(), before, strict=True)] == [0, 1, 0]
+
+
 def test_a_request_may_have_a_negative_prompt_of_its_own(model, video):
     own = dataclasses.replace(request(), negative_prompt="a meadow")
     both = generate(model, [own, request()])

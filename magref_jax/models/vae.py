@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from magref_jax.config import VAEConfig
 
 Cache = Any  # a nested dict of the last frames each temporal layer has seen
-Finish = Callable[[Array], Array]  # of frames in [-1, 1], one by one: to bytes, for example
+Finish = Callable[[Array], Any]  # of frames [B F H W 3] in [-1, 1], to arrays [B F ...]: to bytes, for example
 
 _KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -328,7 +328,7 @@ def encode(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 3"]) ->
     return normalise(config, mean)
 
 
-def decode(config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"], finish: Finish | None = None) -> Array:
+def decode(config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"], finish: Finish | None = None) -> Any:
     """Frames [B F H W 3] in [-1, 1] of whole clips of normalised latents, or what `finish` makes of them."""
     frames, _ = VAE(config).apply({"params": params}, denormalise(config, latents), method="decode")
     return _finish(frames, finish)
@@ -347,7 +347,7 @@ def encode_stream(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 
 
 def decode_stream(
     config: VAEConfig, params: Any, latents: Float[Array, "B f h w C"], finish: Finish | None = None
-) -> Array:
+) -> Any:
     """As `decode`, one latent frame after another. Of all frames, only what `finish` returns is ever there at once."""
 
     def chunk(cache: Cache, latents: Array) -> tuple[Cache, Array]:
@@ -357,24 +357,31 @@ def decode_stream(
     return _stream(chunk, latents, 1)
 
 
-def _finish(frames: Float[Array, "B F H W 3"], finish: Finish | None) -> Array:
+def _finish(frames: Float[Array, "B F H W 3"], finish: Finish | None) -> Any:
     frames = jnp.clip(frames, -1.0, 1.0)
     return frames if finish is None else finish(frames)
 
 
-def _stream(chunk: Callable[[Cache, Array], tuple[Cache, Array]], x: Array, size: int) -> Array:
-    """Runs `chunk` on the first frame, then on every `size` frames."""
+def _stream(chunk: Callable[[Cache, Array], tuple[Cache, Any]], x: Array, size: int) -> Any:
+    """Runs `chunk` on the first frame, then on every `size` frames; what it returns is a tree of arrays [B F ...]."""
     cache, first = chunk(None, x[:, :1])
     num_chunks = (x.shape[1] - 1) // size
     if num_chunks == 0:
         return first
-    _, part = jax.eval_shape(chunk, cache, x[:, :size])
+    _, parts = jax.eval_shape(chunk, cache, x[:, :size])
+
     # Written where they belong, in the loop: stacked and moved afterwards, all frames would be there twice.
-    out = jnp.zeros((x.shape[0], 1 + num_chunks * part.shape[1], *first.shape[2:]), first.dtype).at[:, :1].set(first)
+    def with_room(first: Array, part: jax.ShapeDtypeStruct) -> Array:
+        shape = (x.shape[0], 1 + num_chunks * part.shape[1], *first.shape[2:])
+        return jnp.zeros(shape, first.dtype).at[:, :1].set(first)
 
-    def step(i: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+    def step(i: Array, carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
         cache, out = carry
-        cache, part = chunk(cache, lax.dynamic_slice_in_dim(x, 1 + i * size, size, 1))
-        return cache, lax.dynamic_update_slice_in_dim(out, part, 1 + i * part.shape[1], 1)
+        cache, parts = chunk(cache, lax.dynamic_slice_in_dim(x, 1 + i * size, size, 1))
 
-    return lax.fori_loop(0, num_chunks, step, (cache, out))[1]
+        def write(out: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(out, part, 1 + i * part.shape[1], 1)
+
+        return cache, jax.tree.map(write, out, parts)
+
+    return lax.fori_loop(0, num_chunks, step, (cache, jax.tree.map(with_room, first, parts)))[1]
