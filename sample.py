@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from magref_jax.dry_run import dry_run
 from magref_jax.prompts import ALIASES, Checks, Entry
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
+MAX_BATCH = 4096
 
 
 def default_cache() -> pathlib.Path:
@@ -235,81 +237,96 @@ def _option(flag: str, text: str) -> list[str]:
     return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]  # or it would be read as an option
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(spelled_as_ours(argv))
-    checks = Checks()
-    if arguments.compile_cache != "none":
-        batches.set_compilation_cache(pathlib.Path(arguments.compile_cache or default_cache()))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that has been checked and can begin."""
 
+    config: ModelConfig
+    tokenizer: Any
+    mesh: Mesh | None
+    loras: list[tuple[Lora, float]]
+    cases: list[batches.PlannedCase]
+    kept: frozenset[str]  # keys that are finished
+    work: list[list[batches.PlannedCase]]  # the cases in batches
+    options: dict[str, Any]  # of every batch
+
+
+def check_options(arguments: argparse.Namespace, checks: Checks) -> None:
+    """What needs no model to be seen wrong."""
+    for flag, lowest, highest in (("seed", 0, prompts.MAX_SEED), ("batch_size", 1, MAX_BATCH)):
+        if not lowest <= getattr(arguments, flag) <= highest:
+            checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {lowest} to {highest}.")
+    if arguments.fps is not None and not 0 < arguments.fps < 1000:
+        checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
+    # Without cases: only whether the folder can be written to.
+    checks.attempt(f"--out {arguments.out}", outputs.keep_finished, arguments.out, [])
+
+
+def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
+    """Checks all that was asked for and reads no weights; ends the program if anything is wrong."""
     # First what concerns all cases: with wrong options, every line would repeat what is wrong with them.
     config = checks.attempt(f"--model {arguments.model}", load_model_config, arguments.model)
     tokenizer = config and checks.attempt(f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model)
     overrides = {} if config is None else read_overrides(arguments, config, checks)
     loras = [] if config is None else read_loras(arguments, config, checks)
     mesh = arguments.mesh and checks.attempt(f"--mesh {arguments.mesh}", sharding.make_mesh, arguments.mesh)
-    for flag in ("seed", "batch_size"):
-        if getattr(arguments, flag) < (flag == "batch_size"):
-            checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {int(flag == 'batch_size')} or more.")
-    if arguments.fps is not None and not 0 < arguments.fps < 1000:
-        checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
-    checks.attempt(
-        f"--out {arguments.out}", outputs.keep_finished, arguments.out, []
-    )  # only whether it can be written to
+    check_options(arguments, checks)
     wrong_options = bool(checks.problems)
     entries = read_entries(arguments, checks)
     if config is None or tokenizer is None or wrong_options:
         checks.stop()
-    config = dataclasses.replace(config, fps=arguments.fps or config.fps)
-    config = pipeline.with_sampling(config, **overrides)
+    config = pipeline.with_sampling(dataclasses.replace(config, fps=arguments.fps or config.fps), **overrides)
     run = checks.attempt("--model", run_settings, arguments, config, checks)
 
     def resolve(**fields: Any) -> SamplingConfig:
         return pipeline.with_sampling(config, **fields).sampling
 
-    takes = pipeline.takes_references(config)
     checked = prompts.check_entries(
-        entries, checks, resolve, takes_references=takes, strict_parity=arguments.strict_parity
+        entries,
+        checks,
+        resolve,
+        takes_references=pipeline.takes_references(config),
+        strict_parity=arguments.strict_parity,
     )
-    if run is not None and run.order is not None:
-        for case in checked:
-            sizes = len(case.entry.references), case.sampling.layout
-            checks.attempt(f"{case.entry.where}: --layout {arguments.layout}", assign, *sizes, run.order)
+    for case in checked:
+        if run is not None and run.order is not None:
+            shown = len(case.entry.references), case.sampling.layout
+            checks.attempt(f"{case.entry.where}: --layout {arguments.layout}", assign, *shown, run.order)
     text_tokens = batches.check_tokens(config, tokenizer, checked, checks)
     if run is None or checks.problems:
         checks.stop()
+
     cases = [batches.plan_case(case, run) for case in checked]
-    kept: frozenset[str] = frozenset()
-    if not arguments.dry_run:
-        keep = functools.partial(outputs.keep_finished, resume=arguments.resume, overwrite=arguments.overwrite)
-        kept = checks.attempt(f"--out {arguments.out}", keep, arguments.out, [case.settings for case in cases]) or kept
+    keep = functools.partial(outputs.keep_finished, resume=arguments.resume, overwrite=arguments.overwrite)
+    settings = [] if arguments.dry_run else [case.settings for case in cases]
+    kept = checks.attempt(f"--out {arguments.out}", keep, arguments.out, settings)
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
-    if checks.problems:
+    if kept is None or checks.problems:
         checks.stop()
-    checks.show_notes()
+    return Plan(
+        config=config,
+        tokenizer=tokenizer,
+        mesh=mesh or None,
+        loras=loras,
+        cases=cases,
+        kept=kept,
+        work=batches.make_batches(cases, arguments.batch_size),
+        options={"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan},
+    )
 
-    work = batches.make_batches(cases, arguments.batch_size)
-    options = {"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan}
-    if arguments.dry_run:
-        try:
-            dry_run(arguments.model, config, tokenizer, work, arguments.out, mesh=mesh or None, **options)
-        except (ValueError, OSError) as error:
-            sys.exit(f"sample.py: {error}")
-        return
-    files.remove_leftovers(arguments.out)
-    for lora, _ in loras:
-        print(lora.report)
+
+def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) -> list[outputs.CaseReport]:
+    """Makes and writes what is not finished, with a progress bar."""
     clock, model = batches.Clock(), None
-    todo = [batch for batch in work if any(case.key not in kept for case in batch)]
+    todo = [batch for batch in plan.work if any(case.key not in plan.kept for case in batch)]
     if todo:
         try:
             with clock.measure("loading"):
-                model = pipeline.load(arguments.model, mesh=mesh or None, loras=loras)
+                model = pipeline.load(arguments.model, mesh=plan.mesh, loras=plan.loras)
         except (ValueError, OSError) as error:
             sys.exit(f"sample.py: --model {arguments.model}: {error}")
-        model = dataclasses.replace(model, config=config)
-
+        model = dataclasses.replace(model, config=plan.config)
     reports: list[outputs.CaseReport] = []
     try:
         with tqdm(total=sum(batch[0].sampling.num_inference_steps for batch in todo), unit="step") as bar:
@@ -322,23 +339,29 @@ def main(argv: list[str] | None = None) -> None:
                 bar.set_postfix_str("", refresh=False)
                 bar.update()
 
-            for report in batches.run_batches(
-                model, work, arguments.out, kept=kept, clock=clock, on_batch=on_batch, on_step=on_step, **options
-            ):
+            made = batches.run_batches(
+                model,
+                plan.work,
+                arguments.out,
+                kept=plan.kept,
+                clock=clock,
+                on_batch=on_batch,
+                on_step=on_step,
+                **plan.options,
+            )
+            for report in made:
                 reports.append(report)
                 if report.status != "kept":
                     tqdm.write(f"{report.key}: {report.status}")
     finally:
         outputs.write_run(
-            arguments.out,
-            reports,
-            arguments=argv,
-            config=config,
-            timings=clock.seconds,
-            mesh=mesh or None,
+            arguments.out, reports, arguments=argv, config=plan.config, timings=clock.seconds, mesh=plan.mesh
         )
+    return reports
+
+
+def write_sheet(cases: Sequence[batches.PlannedCase], out: pathlib.Path) -> pathlib.Path | None:
     by_key = {case.key: case for case in cases}
-    digests = {case.key: case.digest for case in cases}
 
     def references(key: str) -> list[Image.Image]:
         try:
@@ -346,13 +369,36 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError):  # gone or changed since its video was made
             return []
 
-    sheet = outputs.write_contact_sheet(arguments.out, digests, references)
+    return outputs.write_contact_sheet(out, {case.key: case.digest for case in cases}, references)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(spelled_as_ours(argv))
+    if arguments.compile_cache != "none":
+        batches.set_compilation_cache(pathlib.Path(arguments.compile_cache or default_cache()))
+    checks = Checks()
+    plan = make_plan(arguments, checks)
+    checks.show_notes()
+    if arguments.dry_run:
+        try:
+            dry_run(
+                arguments.model, plan.config, plan.tokenizer, plan.work, arguments.out, mesh=plan.mesh, **plan.options
+            )
+        except (ValueError, OSError) as error:
+            sys.exit(f"sample.py: {error}")
+        return
+    files.remove_leftovers(arguments.out)
+    for lora, _ in plan.loras:
+        print(lora.report)
+    reports = make_videos(plan, arguments, argv)
+    sheet = write_sheet(plan.cases, arguments.out)
     print(outputs.summary_table(reports))
     if sheet is not None:
         print(f"wrote {sheet}")
     if any(report.status.startswith("failed") for report in reports):
         sys.exit(3)
-    print(f"next: {what_next(cases[0].checked.entry, arguments)}")
+    print(f"next: {what_next(plan.cases[0].checked.entry, arguments)}")
 
 
 if __name__ == "__main__":

@@ -493,7 +493,7 @@ def _static(config: ModelConfig, mesh: Mesh | None) -> dict[str, dict[str, Any]]
 
     def only(*names: str) -> ModelConfig:
         kept = {name: getattr(config.sampling, name) for name in names}
-        return dataclasses.replace(config, sampling=SamplingConfig(**kept))
+        return dataclasses.replace(config, sampling=SamplingConfig(**kept), fps=1.0)
 
     loop = only("solver", "num_inference_steps", "flow_shift", "guidance_scale")
     return {
