@@ -30,6 +30,7 @@ from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, read_lora, split_strength
 from magref_jax.diffusion.step_cache import load_plan
 from magref_jax.dry_run import dry_run
+from magref_jax.models.attention import IMPLEMENTATIONS
 from magref_jax.prompts import ALIASES, Checks, Entry
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add(how, "solver", help="unipc, dpm++ or euler")
     add(how, "step_cache", metavar="FILE[:THRESHOLD]", help="skip steps by a table of magref_jax.evaluation.step_cache")
     add(how, "batch_size", type=int, default=1, help="cases at once (default: %(default)s)")
+    add(how, "attention", metavar="NAME", help=f"auto, {', '.join(IMPLEMENTATIONS)} (default: the model folder's)")
     add(how, "mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
     add(
         how,
@@ -258,6 +260,9 @@ def check_options(arguments: argparse.Namespace, checks: Checks) -> None:
             checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {lowest} to {highest}.")
     if arguments.fps is not None and not 0 < arguments.fps < 1000:
         checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
+    if arguments.attention not in (None, "auto", *IMPLEMENTATIONS):
+        names = ", ".join(("auto", *IMPLEMENTATIONS))
+        checks.problems.append(f"--attention {arguments.attention}: is unknown; choose one of {names}.")
     # Without cases: only whether the folder can be written to.
     checks.attempt(f"--out {arguments.out}", outputs.keep_finished, arguments.out, [])
 
@@ -275,7 +280,9 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     entries = read_entries(arguments, checks)
     if config is None or tokenizer is None or wrong_options:
         checks.stop()
-    config = pipeline.with_sampling(dataclasses.replace(config, fps=arguments.fps or config.fps), **overrides)
+    dit = dataclasses.replace(config.dit, attention=arguments.attention or config.dit.attention)
+    config = dataclasses.replace(config, dit=dit, fps=arguments.fps or config.fps)
+    config = pipeline.with_sampling(config, **overrides)
     run = checks.attempt("--model", run_settings, arguments, config, checks)
 
     def resolve(**fields: Any) -> SamplingConfig:

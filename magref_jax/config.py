@@ -38,7 +38,7 @@ class DiTConfig:
     rope_theta: float = 10000.0
     dtype: DType = "bfloat16"
     remat: Remat = "block"
-    attention: str = "xla"  # a name in models.attention.IMPLEMENTATIONS
+    attention: str = "auto"  # or a name in models.attention.IMPLEMENTATIONS
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:

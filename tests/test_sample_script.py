@@ -446,6 +446,7 @@ WRONG = {
     "seed": ([*APPLE, "--seed", "-1"], "--seed -1: must be 0 to 9223372036854775807"),
     "fps": ([*APPLE, "--fps", "0"], "--fps 0.0: must be positive"),
     "fps nan": ([*APPLE, "--fps", "nan"], "--fps nan: must be positive"),
+    "attention": ([*APPLE, "--attention", "flash"], "--attention flash: is unknown; choose one of auto, xla, cudnn"),
     "batch size": ([*APPLE, "--batch_size", "0"], "--batch_size 0: must be 1 to 4096"),
     "mesh": ([*APPLE, "--mesh", "pipe=8"], "--mesh pipe=8: mesh='pipe=8' names the axis 'pipe'"),
     "mesh size": ([*APPLE, "--mesh", "data=3"], "--mesh data=3: mesh='data=3' means data=3, which does not use the 8"),

@@ -1,6 +1,7 @@
 """Scaled dot-product attention: one function, several named implementations.
 
-The named implementation runs, or an exception says why it cannot; nothing falls back to another. The softmax is float32.
+The named implementation runs, or an exception says why it cannot; nothing falls back to another. "auto" is a name too: that
+of the platform's. The softmax is float32.
 
 Letters: B batch · Q query tokens · S key tokens · N heads · K head width
 """
@@ -17,6 +18,7 @@ from flax import struct
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 ATTENTION_OUT = "attention_out"  # the name under which a remat policy may keep what attention returns
@@ -46,6 +48,9 @@ class Implementation:
 
 def _jax(name: Literal["xla", "cudnn"]) -> Callable[[Array, Array, Array, Array | None, float], Array]:
     def attend(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
+        if bias is not None and name == "cudnn":  # which wants one for every query, in its own dtype
+            shape = (*bias.shape[:2], query.shape[1], key.shape[1])
+            bias = jnp.broadcast_to(bias, shape).astype(query.dtype)
         return jax.nn.dot_product_attention(query, key, value, bias, scale=scale, implementation=name)
 
     return attend
@@ -193,7 +198,7 @@ def _backward(
     return of_query, of_key, of_value, jnp.sum(of_bias, -2, keepdims=True) if bias.shape[-2] == 1 else of_bias
 
 
-def _by_heads(function: Callable[[Any], Any], arrays: tuple[Array | None, ...]) -> Any:
+def _by_heads(function: Callable[[Any], Any], arrays: tuple[Any, ...]) -> Any:
     """`function` of one group of heads after another; the first two arrays are query and key."""
     (num_heads, num_queries), num_keys = arrays[0].shape[:2], arrays[1].shape[1]
     most = max(1, CACHED_LOGITS // (min(num_queries, QUERY_BLOCK) * num_keys))
@@ -252,6 +257,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
+# What "auto" means, by platform; "blockwise" elsewhere.
+AUTO = {"cpu": "cpu", "gpu": "cudnn"}
+
+
+def automatic(dtype: DTypeLike) -> str:
+    """The name of the fastest implementation that computes in this dtype on the default device."""
+    name = AUTO.get(jax.default_backend(), "blockwise")
+    # cuDNN's takes 16-bit numbers alone.
+    return "blockwise" if name == "cudnn" and jnp.dtype(dtype).itemsize > 2 else name
+
+
 def dot_product_attention(
     query: Float[Array, "B Q N K"],
     key: Float[Array, "B S N K"],
@@ -264,12 +280,15 @@ def dot_product_attention(
 ) -> Float[Array, "B Q N K"]:
     """softmax(scale · query keyᵀ + bias) value, with scale 1/√K unless given, in the dtype of the query.
 
+    `implementation` is a name in `IMPLEMENTATIONS`, or "auto".
+
     Raises:
         ValueError: no implementation has this name.
         NotImplementedError: the implementation does not compute this structure.
     """
+    implementation = automatic(query.dtype) if implementation == "auto" else implementation
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"implementation={implementation!r} is unknown; there are auto, {', '.join(IMPLEMENTATIONS)}.")
     chosen = IMPLEMENTATIONS[implementation]
     if structure.kind not in chosen.structures:
         raise NotImplementedError(

@@ -67,12 +67,15 @@ def _conv_taps(x: Array, past: Array | None, kernel: Array) -> Array:
     taps, height, width = kernel.shape[:3]
     spatial = [(height // 2, height // 2), (width // 2, width // 2)]
     frames = x.shape[1]
+    if past is not None:
+        seen = [*jnp.split(past, taps - 1, 1), *jnp.split(x, frames, 1)]
+        return jnp.concatenate(
+            [sum(_conv2d(seen[i + j], kernel[j], 1, spatial) for j in range(taps)) for i in range(frames)], 1
+        )
     total = jnp.zeros((), x.dtype)
     for tap in range(taps):
         delay = taps - 1 - tap
-        if past is not None:
-            total += _conv2d(jnp.concatenate([past, x], 1)[:, tap : tap + frames], kernel[tap], 1, spatial)
-        elif delay < frames:  # at the start of a stream the other taps see only zeros
+        if delay < frames:  # at the start of a stream the other taps see only zeros
             y = _conv2d(x[:, : frames - delay], kernel[tap], 1, spatial)
             total += jnp.pad(y, [(0, 0), (delay, 0), (0, 0), (0, 0), (0, 0)])
     return total

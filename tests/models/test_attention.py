@@ -2,17 +2,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from magref_jax.models import attention
 from magref_jax.models.attention import FULL, IMPLEMENTATIONS, AttentionStructure, dot_product_attention
 
 ON_ANY_DEVICE = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+LEAN = ("cpu", "blockwise")
+
+# (query, key, bias): batch, tokens, heads, width; bias over batch, heads, queries, keys
+SHORT = (2, 5, 3, 8), (2, 7, 3, 8), (1, 3, 5, 7)
+BIASES = [(1, 1, 1, 7), (1, 1, 5, 7), (2, 1, 5, 1), (2, 3, 1, 7), (2, 3, 5, 7)]
 
 
-def attention_inputs(with_bias: bool) -> tuple[np.ndarray | None, ...]:
+def attention_inputs(
+    query: tuple[int, ...] = SHORT[0], key: tuple[int, ...] = SHORT[1], bias: tuple[int, ...] | None = None
+) -> tuple[np.ndarray | None, ...]:
     rng = np.random.default_rng(0)
-    shapes = (2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8), (1, 3, 5, 7)
-    query, key, value, bias = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return query, key, value, (bias if with_bias else None)
+    shapes = query, key, key, bias
+    return tuple(None if shape is None else rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
 def exact_attention(
@@ -31,28 +40,85 @@ def exact_attention(
         scale * np.swapaxes(logit_gradient, -1, -2) @ query,
         np.swapaxes(weights, -1, -2) @ out,
     )
-    return np.moveaxis(out, 1, 2), tuple(np.moveaxis(gradient, 1, 2) for gradient in gradients)
+    gradients = tuple(np.moveaxis(gradient, 1, 2) for gradient in gradients)
+    if bias is not None:
+        broadcast = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
+        gradients += (logit_gradient.sum(broadcast, keepdims=True),)
+    return np.moveaxis(out, 1, 2), gradients
 
 
-@pytest.mark.parametrize(
-    ("implementation", "with_bias", "scale"),
-    [(name, False, None) for name in ON_ANY_DEVICE]
-    + [(name, True, 1.0) for name in ON_ANY_DEVICE if IMPLEMENTATIONS[name].takes_bias]
-    + [("cpu", False, 1.0)],
-)
-def test_values_and_gradients_equal_float64(implementation: str, with_bias: bool, scale: float | None):
-    query, key, value, bias = attention_inputs(with_bias)
-    expected, expected_gradients = exact_attention(query, key, value, bias, 8**-0.5 if scale is None else scale)
+def assert_equals_float64(implementation: str, inputs: tuple[np.ndarray | None, ...], scale: float | None = None):
+    """Values and all gradients."""
+    expected, expected_gradients = exact_attention(*inputs, inputs[0].shape[-1] ** -0.5 if scale is None else scale)
 
-    def half_square(query, key, value):
+    def half_square(query, key, value, bias):
         out = dot_product_attention(query, key, value, implementation=implementation, bias=bias, scale=scale)
         return jnp.sum(jnp.square(out)) / 2, out
 
-    gradients, out = jax.jit(jax.grad(half_square, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    argnums = range(len(expected_gradients))
+    gradients, out = jax.jit(jax.grad(half_square, argnums=tuple(argnums), has_aux=True))(*inputs)
 
     np.testing.assert_allclose(out, expected, atol=2e-6)  # float32 rounding of values up to 2
     for actual_gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(actual_gradient, expected_gradient, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
+@pytest.mark.parametrize(("bias", "scale"), [(None, None), (None, 1.0), (SHORT[2], 1.0)])
+def test_values_and_gradients_equal_float64(implementation: str, bias: tuple[int, ...] | None, scale: float | None):
+    assert_equals_float64(implementation, attention_inputs(bias=bias), scale)
+
+
+@pytest.mark.parametrize("implementation", LEAN)
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_of_any_shape_has_its_gradient(implementation: str, bias: tuple[int, ...]):
+    assert_equals_float64(implementation, attention_inputs(bias=bias))
+
+
+@pytest.mark.parametrize("implementation", LEAN)
+@pytest.mark.parametrize("bias", [None, (1, 1, 1, 7), (1, 3, 5, 7)])
+def test_blocks_of_queries_equal_float64(
+    implementation: str, bias: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+):
+    # Five queries in blocks of two: three blocks, the last one padded. Six heads in groups of three.
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(attention, "CACHED_LOGITS", 3 * 2 * 7)
+    assert_equals_float64(implementation, attention_inputs(bias=bias))
+
+
+@pytest.mark.parametrize("implementation", LEAN)
+def test_memory_grows_with_the_tokens_and_not_with_their_square(implementation: str):
+    def temporary_bytes(tokens: int) -> int:
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32)
+
+        def square(query, key, value):
+            return jnp.sum(jnp.square(dot_product_attention(query, key, value, implementation=implementation)))
+
+        # No compilation of a size is needed to run it: these are never run.
+        return (
+            jax.jit(jax.grad(square, argnums=(0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    short, long = temporary_bytes(4096), temporary_bytes(16384)
+    assert long < 4.4 * short
+    assert long < 16384**2  # a quarter of the logits of one head
+
+
+@pytest.mark.parametrize("implementation", LEAN)
+def test_lean_implementations_work_under_a_mesh(implementation: str):
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    query, key, value, bias = attention_inputs((4, 6, 2, 8), (4, 6, 2, 8), (1, 1, 1, 6))
+    expected, _ = exact_attention(query, key, value, bias, 8**-0.5)
+    sharding = NamedSharding(mesh, P("data", None, "tensor"))
+    sharded = [jax.device_put(array, sharding) for array in (query, key, value)]
+
+    out = jax.jit(
+        lambda *args: dot_product_attention(*args, bias=bias, implementation=implementation), out_shardings=sharding
+    )(*sharded)
+
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
@@ -67,29 +133,38 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation: str):
 
 
 def test_unknown_implementation_is_an_error_that_lists_the_known():
-    query, key, value, _ = attention_inputs(with_bias=False)
-    with pytest.raises(ValueError, match=r"'flash' is unknown; there are xla, cudnn, reference, cpu"):
+    query, key, value, _ = attention_inputs()
+    with pytest.raises(ValueError, match=r"'flash' is unknown; there are auto, xla, cudnn, reference, cpu, blockwise"):
         dot_product_attention(query, key, value, implementation="flash")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "name"),
+    [
+        ("cpu", "float32", "cpu"),
+        ("cpu", "bfloat16", "cpu"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "blockwise"),
+        ("tpu", "bfloat16", "blockwise"),
+    ],
+)
+def test_auto_is_what_suits_platform_and_dtype(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: str, name: str):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert attention.automatic(dtype) == name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_unsupported_structure_is_an_error(implementation: str):
-    query, key, value, _ = attention_inputs(with_bias=False)
+    query, key, value, _ = attention_inputs()
     with pytest.raises(NotImplementedError, match=rf"{implementation!r} cannot compute structure 'spiral', only full"):
         dot_product_attention(query, key, value, structure=AttentionStructure("spiral"), implementation=implementation)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks a CPU for a GPU kernel")
 def test_implementation_that_the_device_lacks_is_an_error_and_not_replaced():
-    query, key, value, _ = attention_inputs(with_bias=False)
+    query, key, value, _ = attention_inputs()
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         dot_product_attention(query, key, value, implementation="cudnn")
-
-
-def test_a_bias_is_refused_where_there_is_no_place_for_it():
-    query, key, value, bias = attention_inputs(with_bias=True)
-    with pytest.raises(NotImplementedError, match="takes no bias"):
-        dot_product_attention(query, key, value, bias=bias, implementation="cpu")
 
 
 def test_structure_holds_no_arrays():

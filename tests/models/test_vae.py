@@ -142,6 +142,38 @@ def test_streams_equal_the_whole_clip():
         np.testing.assert_allclose(streamed, expected, rtol=0, atol=2e-5)  # float32 rounding
 
 
+def test_frames_leave_the_decoder_as_they_are_finished():
+    def to_bytes(frames):
+        return jnp.round(127.5 * (frames + 1)).astype(jnp.uint8)
+
+    latents = random_latents(2, 3)
+    frames = np.asarray(jax.jit(functools.partial(vae.decode, SMALL))(params(SMALL), latents), np.float64)
+    expected = np.round(127.5 * (frames + 1))
+    for decode in (vae.decode, vae.decode_stream):
+        finished = jax.jit(functools.partial(decode, SMALL, finish=to_bytes))(params(SMALL), latents)
+        assert finished.dtype == np.uint8
+        # A value on the border between two bytes may be rounded either way.
+        assert np.abs(np.asarray(finished, np.float64) - expected).max() <= 1
+        assert np.mean(finished == expected) > 0.999
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_memory_of_a_stream_does_not_grow_with_its_length(method: str):
+    def bytes_of(num_frames: int) -> tuple[int, int]:
+        frames = jax.ShapeDtypeStruct((1, num_frames, 32, 32, 3), jnp.float32)
+        latents = jax.ShapeDtypeStruct((1, num_frames // 4 + 1, 8, 8, 16), jnp.float32)
+        stream, x = {
+            "encode": (vae.encode_stream, frames),
+            "decode": (functools.partial(vae.decode_stream, finish=lambda x: x.astype(jnp.uint8)), latents),
+        }[method]
+        memory = jax.jit(functools.partial(stream, SMALL)).lower(abstract_params(SMALL), x).compile().memory_analysis()
+        return memory.temp_size_in_bytes, memory.output_size_in_bytes
+
+    (short, short_out), (long, long_out) = bytes_of(17), bytes_of(81)
+    assert long_out > 4 * short_out  # what is returned does grow
+    assert long <= 1.02 * short
+
+
 def test_decoder_is_causal():
     latents = random_latents(1, 4).repeat(4, axis=0)
     for k in range(1, 4):
