@@ -28,7 +28,7 @@ model = ModelConfig(
         rope_theta=100.0,  # a clip is 9 tokens wide
         dtype="float32",
         remat="dots",
-        attention="cpu",
+        attention="auto",
     ),
     vae=VAEConfig(
         base_dim=12,
@@ -89,7 +89,7 @@ config = TrainConfig(
             DiTPhase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
             DiTPhase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
             DiTPhase(num_steps=2000, batch_size=16, num_latent_frames=2),
-            DiTPhase(num_steps=13000, batch_size=8, num_latent_frames=5),
+            DiTPhase(num_steps=20000, batch_size=8, num_latent_frames=5),
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         dtype="bfloat16",
