@@ -21,7 +21,7 @@ from magref_jax.conditioning.case import Case
 from magref_jax.config import ModelConfig
 from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.files import replacing
-from magref_jax.models.dit import step_flops
+from magref_jax.models.dit import dit_flops
 
 TINT = np.array((230, 60, 40))  # of cells that are known
 UNKNOWN = 0.25  # how much is left of the canvas where everything is to be generated
@@ -104,7 +104,7 @@ def describe(
     image_tokens = 0 if config.image_encoder is None else config.image_encoder.num_tokens
     branches = len(pipeline.guidance_branches(sampling.guidance_scale))
     evaluations = sampling.num_inference_steps if step_plan is None else step_plan.num_evaluations
-    per_step = branches * step_flops(dit, tokens, text_tokens + image_tokens)
+    per_step = branches * dit_flops(dit, tokens, text_tokens + image_tokens)
     num_cases = sum(map(len, batches))
     return {
         "size": f"{sampling.width}x{sampling.height}, {sampling.num_frames} frames, "

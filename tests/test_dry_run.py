@@ -47,7 +47,9 @@ def blocks(printed):
 # Per layer: query, key, value, out; query and out of the attention to the context; up and down; and two attentions.
 PRODUCTS = 4 * 18 * 24 * 24 + 2 * 18 * 24 * 24 + 2 * 18 * 24 * 32
 SCORES = 2 * 18 * 18 * 24 + 2 * 18 * 45 * 24
-FLOPS = 2 * (PRODUCTS + SCORES) * 2  # two operations each, two layers
+# Patches of 2 x 2 cells of 36 channels in and of 16 out; the timestep through widths 16, 24, 24 and 6 * 24.
+ENDS = 18 * 4 * 24 * (36 + 16) + (16 * 24 + 24 * 24 + 24 * 6 * 24)
+FLOPS = 2 * (2 * (PRODUCTS + SCORES) + ENDS)  # two operations each, two layers
 
 
 def number(value, unit):

@@ -26,6 +26,7 @@ ATTENTION_OUT = "attention_out"  # the name under which a remat policy may keep 
 # "blockwise" and "cpu" take so many queries at a time, and "cpu" as many heads as leave the logits in the cache.
 QUERY_BLOCK = 256
 CACHED_LOGITS = 2**18
+KEY_BLOCK = 512  # of "cpu", forward
 
 
 @struct.dataclass
@@ -160,14 +161,42 @@ def _forward(
     bias: Float[Array, "H #Q S"] | None,
 ) -> tuple[Float[Array, "H Q K"], Float[Array, "H Q"]]:
     """What attention returns, and the logarithm of the denominator of its softmax."""
+    num_keys = key.shape[1]
+    size = _block_size(num_keys, KEY_BLOCK)
+    num_blocks = num_keys // size
+
+    def block(start: int | Array, size: int) -> Partial:
+        keys, values = (lax.dynamic_slice_in_dim(array, start, size, 1) for array in (key, value))
+        rows = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size, 2)
+        return _partial(scale, query, keys, values, rows)
+
+    first = block(0, size)
+    largest, total, out = lax.fori_loop(1, num_blocks, lambda i, sums: _add(sums, block(i * size, size)), first)
+    if num_keys % size:
+        largest, total, out = _add((largest, total, out), block(num_blocks * size, num_keys % size))
+    return (out / total).astype(query.dtype), (largest + jnp.log(total))[..., 0]
+
+
+# Largest logit, denominator and numerator of a softmax over some of the keys; the two are divided by exp(largest).
+Partial = tuple[Float[Array, "H Q 1"], Float[Array, "H Q 1"], Float[Array, "H Q K"]]
+
+
+def _partial(scale: float, query: Array, key: Array, value: Array, bias: Array | None) -> Partial:
     logits = _product("...qk,...sk->...qs", query, key) * scale
     if bias is not None:
         logits += bias
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Not −∞, which a bias may be for all of these keys.
+    largest = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = (_product("...qs,...sk->...qk", weights.astype(query.dtype), value) / total).astype(query.dtype)
-    return out, (largest + jnp.log(total))[..., 0]
+    return largest, total, _product("...qs,...sk->...qk", weights.astype(query.dtype), value)
+
+
+def _add(first: Partial, second: Partial) -> Partial:
+    """The softmax over the keys of both."""
+    largest = jnp.maximum(first[0], second[0])
+    scale, other = jnp.exp(first[0] - largest), jnp.exp(second[0] - largest)
+    return largest, first[1] * scale + second[1] * other, first[2] * scale + second[2] * other
 
 
 def _backward(
@@ -209,8 +238,8 @@ def _by_heads(function: Callable[[Any], Any], arrays: tuple[Any, ...]) -> Any:
 
 def _split(x: Float[Array, "H Q *rest"]) -> Float[Array, "blocks H block *rest"]:
     """Blocks of equally many queries, the last one padded with zeros."""
+    size = _block_size(x.shape[1], QUERY_BLOCK)
     num_blocks = _num_blocks(x.shape[1])
-    size = -(-x.shape[1] // num_blocks)
     x = jnp.pad(x, [(0, 0), (0, num_blocks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
 
@@ -230,6 +259,11 @@ def _join(x: Float[Array, "blocks H block *rest"], num_queries: int) -> Float[Ar
 
 def _num_blocks(num_queries: int) -> int:
     return -(-num_queries // QUERY_BLOCK)
+
+
+def _block_size(length: int, most: int) -> int:
+    """That of blocks which are as few as can be and as equal as can be, the last one at most shorter."""
+    return -(-length // -(-length // most))
 
 
 def _product(spec: str, first: Array, second: Array) -> Array:

@@ -428,12 +428,19 @@ def _check_inputs(
             )
 
 
-def step_flops(config: DiTConfig, video_tokens: int, context_tokens: int) -> float:
-    """Floating point operations of one evaluation for one sample, counting a multiplication and an addition as two.
+def dit_flops(config: DiTConfig, tokens: int, context_tokens: int) -> int:
+    """Floating point operations of the matrix products of one step on one clip whose context is encoded already."""
+    dim, patch = config.dim, math.prod(config.patch_size)
+    linear = tokens * dim * (4 * dim + 2 * dim + 2 * config.ffn_dim)  # self-attention, cross-attention, feed-forward
+    attention = 2 * tokens * (tokens + context_tokens) * dim
+    ends = tokens * patch * dim * (config.in_channels + config.out_channels)
+    time_embedding = dim * (config.freq_dim + dim + 6 * dim)
+    return 2 * (config.num_layers * (linear + attention) + ends + time_embedding)
 
-    Matrix products of the blocks alone: the rest is below 1 %. Keys and values of the context are not part of a step.
-    """
-    width = config.dim
-    linear = 2 * video_tokens * width * (6 * width + 2 * config.ffn_dim)  # 4 of self- and 2 of cross-attention
-    attention = 4 * video_tokens * width * (video_tokens + context_tokens)
-    return float(config.num_layers * (linear + attention))
+
+def context_flops(config: DiTConfig, text_tokens: int, image_tokens: int) -> int:
+    """Floating point operations of the matrix products that make keys and values of the context, once per prompt."""
+    dim, image_dim = config.dim, config.image_dim or 0
+    text = text_tokens * dim * (config.text_dim + dim)
+    image = image_tokens * image_dim * (image_dim + dim)
+    return 2 * (text + image + config.num_layers * 2 * (text_tokens + image_tokens) * dim * dim)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,10 +82,23 @@ def test_a_bias_of_any_shape_has_its_gradient(implementation: str, bias: tuple[i
 def test_blocks_of_queries_equal_float64(
     implementation: str, bias: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ):
-    # Five queries in blocks of two: three blocks, the last one padded. Six heads in groups of three.
+    # Five queries in blocks of two: three blocks, the last one padded. Seven keys in blocks of three, three and one. Six
+    # heads in groups of three.
+    monkeypatch.setattr(attention, "KEY_BLOCK", 3)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
     monkeypatch.setattr(attention, "CACHED_LOGITS", 3 * 2 * 7)
     assert_equals_float64(implementation, attention_inputs(bias=bias))
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 3), slice(3, 6), slice(4, 7)])
+def test_keys_with_a_bias_of_minus_infinity_have_no_weight(hidden: slice, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "KEY_BLOCK", 3)  # of which one block may be hidden altogether
+    query, key, value, bias = attention_inputs(bias=(1, 1, 1, 7))
+    bias[..., hidden] = -np.inf
+    expected, _ = exact_attention(query, key, value, bias, 8**-0.5)
+    attend = functools.partial(dot_product_attention, implementation="cpu")
+    out = jax.jit(attend)(query, key, value, bias=bias)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", LEAN)
