@@ -599,5 +599,5 @@ def test_sample_refuses_a_lora_before_weights_are_read(model_folder, files, caps
 
 def test_the_next_command_has_the_same_loras(files):
     arguments = sample.parser().parse_args([*PROMPT, "a.safetensors:0.1"])
-    (line,) = sample.read_lines(arguments, sample.Checks())
-    assert "--lora a.safetensors:0.1" in sample.what_next(line, arguments)
+    (entry,) = sample.read_entries(arguments, sample.Checks())
+    assert "--lora a.safetensors:0.1" in sample.what_next(entry, arguments)
