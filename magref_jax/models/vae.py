@@ -68,10 +68,14 @@ def _conv_taps(x: Array, past: Array | None, kernel: Array) -> Array:
     spatial = [(height // 2, height // 2), (width // 2, width // 2)]
     frames = x.shape[1]
     if past is not None:
-        seen = [*jnp.split(past, taps - 1, 1), *jnp.split(x, frames, 1)]
-        return jnp.concatenate(
-            [sum(_conv2d(seen[i + j], kernel[j], 1, spatial) for j in range(taps)) for i in range(frames)], 1
+        seen = jnp.concatenate([past, x], 1)
+        # Frame by frame in the chunks of a stream: less memory, and what is added up stays in the cache.
+        size = 1 if frames <= 4 else frames
+        parts = (
+            sum(_conv2d(seen[:, start + i : start + i + size], kernel[i], 1, spatial) for i in range(taps))
+            for start in range(0, frames, size)
         )
+        return jnp.concatenate(list(parts), 1)
     total = jnp.zeros((), x.dtype)
     for tap in range(taps):
         delay = taps - 1 - tap
