@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image
 
+from magref_jax.checkpoint import file_digest
 from magref_jax.conditioning.canvas import Box, Canvas, draw_regions
 from magref_jax.config import ModelConfig
 from magref_jax.files import replacing
@@ -147,12 +148,7 @@ def file_settings(path: pathlib.Path) -> FileSettings:
 @functools.lru_cache(maxsize=4096)
 def _known_sha256(path: pathlib.Path, mtime_ns: int, size: int) -> str:
     del mtime_ns, size  # another file by these is read anew; thousands of lines may name the same one
-    return _sha256(path)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def case_digest(settings: CaseSettings) -> str:
@@ -193,7 +189,7 @@ def is_finished(out: pathlib.Path, key: str, digest: str) -> bool:
         return False
     paths = case_files(out, key)
     return all(
-        path.is_file() and path.stat().st_size == stored["bytes"] and _sha256(path) == stored["sha256"]
+        path.is_file() and path.stat().st_size == stored["bytes"] and file_digest(path) == stored["sha256"]
         for path, stored in ((paths.video, sidecar["video"]), (paths.canvas, sidecar["canvas"]))
     )
 
@@ -312,7 +308,7 @@ def write_case(
 
 
 def _stored(path: pathlib.Path, part: pathlib.Path) -> StoredFile:
-    return {"file": path.name, "bytes": part.stat().st_size, "sha256": _sha256(part)}
+    return {"file": path.name, "bytes": part.stat().st_size, "sha256": file_digest(part)}
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

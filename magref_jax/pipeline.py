@@ -37,10 +37,11 @@ from magref_jax.conditioning.case import (
     encode_text,
     prepare_case,
     stack_cases,
+    tokenize,
 )
 from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, drop_text
 from magref_jax.conditioning.region_mask import MODES
-from magref_jax.conditioning.subjects import Subject
+from magref_jax.conditioning.subjects import Subject, clean_prompt
 from magref_jax.config import ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, apply_loras, read_lora
 from magref_jax.diffusion.flow import make_schedule
@@ -440,14 +441,6 @@ def prepare(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
     )
 
 
-def _negative(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
-    given = request.negative_prompt
-    prompt = config.sampling.negative_prompt if given is None else given
-    return prepare_case(
-        config, tokenizer, prompt, (), num_frames=1, height=config.sampling.height, width=config.sampling.width
-    )
-
-
 @functools.partial(jax.jit, static_argnames="shape")
 def _normal(key: Array, shape: tuple[int, ...]) -> Float32[Array, "f h w C"]:
     return jax.random.normal(key, shape)
@@ -590,8 +583,16 @@ def _prepare_batch(
     if not requests:
         raise ValueError("There is no video to make: the batch is empty.")
     cases = [prepare(config, tokenizer, request) for request in requests]
-    negatives = [_negative(config, tokenizer, request) for request in requests]
-    needed = count_text_tokens(config, (int(case.attention_mask.sum()) for case in cases + negatives))
+    default = config.sampling.negative_prompt
+    texts = [default if request.negative_prompt is None else request.negative_prompt for request in requests]
+    negatives = [tokenize(config, tokenizer, clean_prompt(text)) for text in texts]
+    needed = count_text_tokens(
+        config,
+        [
+            *(int(case.attention_mask.sum()) for case in cases),
+            *(int(text["attention_mask"].sum()) for text in negatives),
+        ],
+    )
     text_tokens = needed if text_tokens is None else text_tokens
     if not needed <= text_tokens <= config.dit.text_len:
         raise ValueError(f"text_tokens={text_tokens} must be {needed} to {config.dit.text_len} for these prompts.")
@@ -607,7 +608,7 @@ def _prepare_batch(
     chosen = [min(row, len(requests) - 1) for row in range(rows)]
     arrays = stack_cases([cases[row] for row in chosen])
     for name in ("token_ids", "attention_mask"):
-        arrays[f"negative_{name}"] = np.stack([getattr(negatives[row], name) for row in chosen])
+        arrays[f"negative_{name}"] = np.stack([negatives[row][name] for row in chosen])
     for name in ("token_ids", "attention_mask", "subject_tokens", "negative_token_ids", "negative_attention_mask"):
         arrays[name] = arrays[name][..., :text_tokens]
     stacked = np.stack([noise[row] for row in chosen])

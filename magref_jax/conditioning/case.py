@@ -57,6 +57,18 @@ def check_size(config: ModelConfig, num_frames: int, height: int, width: int) ->
             raise ValueError(f"{name}={value} must be a positive multiple of {multiple} for this model.")
 
 
+def tokenize(config: ModelConfig, tokenizer: Any, prompt: str) -> dict[str, Any]:
+    """`token_ids` and `attention_mask` [T] of a cleaned prompt, and the `offsets` of its tokens in it, a span each."""
+    encoding = tokenizer(
+        prompt, padding="max_length", truncation=True, max_length=config.dit.text_len, return_offsets_mapping=True
+    )
+    return {
+        "token_ids": np.asarray(encoding["input_ids"], np.int32),
+        "attention_mask": np.asarray(encoding["attention_mask"], np.int32),
+        "offsets": encoding["offset_mapping"],
+    }
+
+
 def prepare_case(
     config: ModelConfig,
     tokenizer: Any,
@@ -87,18 +99,15 @@ def prepare_case(
     sampling = config.sampling
     canvas = compose_canvas(images, height, width, layout or sampling.layout, order, roles)
     prompt = clean_prompt(prompt)
-    text_len = config.dit.text_len
-    encoding = tokenizer(
-        prompt, padding="max_length", truncation=True, max_length=text_len, return_offsets_mapping=True
-    )
+    encoding = tokenize(config, tokenizer, prompt)
     named = [region if subject is not None else None for region, subject in zip(canvas.regions, subjects, strict=False)]
     return Case(
         prompt=prompt,
         canvas=canvas,
-        token_ids=np.asarray(encoding["input_ids"], np.int32),
-        attention_mask=np.asarray(encoding["attention_mask"], np.int32),
+        token_ids=encoding["token_ids"],
+        attention_mask=encoding["attention_mask"],
         region_mask=region_mask(canvas.mask, num_latent_frames, config.vae.spatial_stride, sampling.mask_mode),
-        subject_tokens=subject_tokens(prompt, subjects, encoding["offset_mapping"], num_subjects, text_len),
+        subject_tokens=subject_tokens(prompt, subjects, encoding["offsets"], num_subjects, config.dit.text_len),
         subject_regions=patch_regions(
             named, height, width, config.vae.spatial_stride, config.dit.patch_size, num_subjects
         ),
