@@ -1,33 +1,189 @@
-"""Trains a model from scratch, one stage after another.
+"""Trains MAGREF, a part of it, or a LoRA beside it.
 
-Run `python train.py configs/emoji.py --stage vae --out runs/emoji`, then the same with `--stage dit`. The same command
-continues a run that was cut off. `OUT/model` is a model folder that `sample.py --model` takes.
+    python train.py configs/smoke.py --output-dir runs/smoke --num-steps 20
+
+The same command continues a run that was cut off, to the bit, and a longer `--num-steps` continues a finished one. OUTPUT_DIR
+holds:
+
+    config.json      the preset with all overrides
+    metrics.jsonl    one line a step: step, loss and everything else that was measured
+    checkpoints/     parameters, average, optimiser, random key and position in the data, with digests
+    samples/         contact sheets of held-out cases
+    tensorboard/     the same for TensorBoard (`--config.tensorboard True`)
+    profile/         traces of jax.profiler (`--config.events.profile 10 5`)
+    model/           a model folder for `sample.py --model`, or lora.safetensors, once all steps are done
+
+SIGTERM and Ctrl-C write a checkpoint of the current step and exit with status 143 and 130.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import optax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from magref_jax import checkpoint, pipeline, training
-from magref_jax.conditioning.case import encode_cases, prepare_case, stack_cases
-from magref_jax.config import load_model_config
-from magref_jax.data import emoji_clips, emoji_tokenizer, emoji_world
-from magref_jax.models import vae
+from magref_jax.checkpoint import Params
+from magref_jax.files import replacing
+from magref_jax.sharding import make_mesh
+from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
+from magref_jax.training.config import TrainConfig
+from magref_jax.training.monitor import Monitor
+from magref_jax.training.optimizer import make_optimizer
+from magref_jax.training.step import TrainState, init_state, state_shardings, train_step
+from magref_jax.training.tasks import Job, Samples, open_job
 
 
-def load_config(path: str) -> training.TrainConfig:
+def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> TrainState:
+    """Trains to step `config.num_steps`, from the newest checkpoint in `out` if there is one; the state at the end.
+
+    `mesh` is all devices on the axis `fsdp` if not given.
+    """
+    events, last = config.events, config.num_steps
+    mesh = make_mesh("fsdp=-1") if mesh is None else mesh
+    with contextlib.ExitStack() as stack:
+        monitor = stack.enter_context(
+            Monitor(
+                out,
+                last,
+                report_every=events.report,
+                max_skipped=config.max_skipped,
+                tensorboard=config.tensorboard,
+                profile=events.profile,
+            )
+        )
+        stop = stack.enter_context(StopSignal())
+        write_config(config, out)
+        checkpoints = Checkpoints(
+            out / "checkpoints", every=events.checkpoint, keep=events.keep, keep_every=events.keep_every
+        )
+        stack.callback(checkpoints.close)
+        job = open_job(config, out, mesh)
+        stack.callback(job.batches.close)
+
+        optimizer = make_optimizer(config.optimizer)
+        state, shardings = start_state(config, job, optimizer, mesh)
+        if (done := checkpoints.latest_step()) is not None:
+            state, position, saved = checkpoints.restore(done, abstract_state(state, shardings))
+            job.batches.restore(position)
+            for change in config_changes(saved, as_json(config)):
+                print(f"train.py: not as before step {done}: {change}", file=sys.stderr)
+        step_fn = jax.jit(
+            functools.partial(train_step, job.loss, optimizer, config.optimizer.ema_decay, config.accumulation_steps),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+
+        monitor.begin(int(state.step), int(state.skipped))
+        batch = work = None
+        for step in range(int(state.step) + 1, last + 1):
+            with monitor.time("data"):
+                if batch is None or not job.overfit:
+                    host = next(job.batches)
+                    batch, work = job.prepare(host), job.work(host)
+            with monitor.time("step"):
+                noise = jnp.asarray(0 if job.overfit else step - 1)
+                state, metrics = step_fn(state, job.frozen, batch, noise)
+            monitor.log(step, metrics, work)
+
+            if job.validate is not None and is_due(events.validation, step, last):
+                with monitor.time("validation"):
+                    monitor.log(step, job.validate(trained(state)))
+            if job.sample is not None and is_due(events.sample, step, last):
+                with monitor.time("sample"):
+                    save_samples(job.sample(trained(state)), out, step, monitor)
+            stopped = stop.received or checkpoints.reached_preemption(step)
+            if is_due(events.checkpoint, step, last) or stopped:
+                with monitor.time("checkpoint"):
+                    save(checkpoints, step, state, job.batches.state(), config, wait=bool(stopped) or step == last)
+            if stopped:
+                raise SystemExit(128 + int(stopped))
+
+        with monitor.time("other"):
+            message = job.export(trained(state))
+        print(monitor.goodput.table())
+        print(message)
+    return state
+
+
+def start_state(
+    config: TrainConfig, job: Job, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """The state of step 0 on the mesh, and where the mesh holds what of it."""
+    init = functools.partial(
+        init_state,
+        optimizer=optimizer,
+        key=jax.random.key(config.seed),
+        with_ema=config.optimizer.ema_decay is not None,
+    )
+    shardings = state_shardings(mesh, jax.eval_shape(init, job.params), optimizer, job.specs)
+    return jax.jit(init, out_shardings=shardings)(job.params), shardings
+
+
+def abstract_state(state: TrainState, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
+
+
+def is_due(every: int | None, step: int, last: int) -> bool:
+    return every is not None and (step % every == 0 or step == last)
+
+
+def trained(state: TrainState) -> Params:
+    """The parameters to look at and to keep: the average, where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def save(
+    checkpoints: Checkpoints, step: int, state: TrainState, position: Any, config: TrainConfig, wait: bool
+) -> None:
+    """A full disk does not end a run as long as there is a next time to try."""
+    try:
+        checkpoints.save(step, state, position, as_json(config), wait=wait)
+    except SaveError as error:
+        if wait:
+            raise
+        tqdm.write(f"train.py: {error}", file=sys.stderr)
+
+
+def save_samples(samples: Samples, out: pathlib.Path, step: int, monitor: Monitor) -> None:
+    with replacing(out / "samples" / f"step_{step}.png") as part:
+        samples.sheet.save(part, "PNG")
+    monitor.image("samples", step, np.asarray(samples.sheet))
+    for index, video in enumerate(samples.videos):
+        monitor.video(f"sample_{index}", step, video, samples.fps)
+
+
+def as_json(config: TrainConfig) -> Any:
+    """The config as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def config_changes(before: Any, now: Any, path: str = "") -> list[str]:
+    """What a run that goes on does differently; how long it is to be is no difference."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in now if path or name != "num_steps"]
+        return [line for name in names for line in config_changes(before.get(name), now[name], f"{path}.{name}")]
+    return [] if before == now else [f"config{path} is {now}, was {before}"]
+
+
+def write_config(config: TrainConfig, out: pathlib.Path) -> None:
+    with replacing(out / "config.json") as part:
+        part.write_text(json.dumps(as_json(config), indent=1) + "\n", encoding="utf-8")
+
+
+def load_config(path: str) -> TrainConfig:
     """The `config` of a Python file."""
     spec = importlib.util.spec_from_file_location("preset", path)
     if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
@@ -37,159 +193,29 @@ def load_config(path: str) -> training.TrainConfig:
     return module.config
 
 
-def run_phases(
-    out: pathlib.Path,
-    name: str,
-    config: training.TrainConfig,
-    phases: tuple[Any, ...],
-    state: training.TrainState,
-    step_fn: training.TrainStep,
-    make_batch: Callable[[Any, np.random.Generator], Any],
-) -> training.TrainState:
-    """The loop. Batch and randomness of step i are functions of (seed, i): a restored run goes on as if never stopped."""
-    key = jax.random.key(config.seed)
-    ends = np.cumsum([phase.num_steps for phase in phases])
-    window: list[dict[str, jax.Array]] = []
-    with (
-        checkpoint.checkpoint_manager(out / "checkpoints" / name) as manager,
-        (out / f"{name}.jsonl").open("a") as log,
-        tqdm(total=int(ends[-1]), desc=name, unit="step") as bar,
-    ):
-        if manager.latest_step() is not None:
-            abstract = jax.eval_shape(lambda: state)
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
-        bar.update(int(state.step))
-        started = time.perf_counter()
-        for step in range(int(state.step), int(ends[-1])):
-            phase = phases[int(np.searchsorted(ends, step, side="right"))]
-            batch = make_batch(phase, np.random.default_rng([config.seed, step]))
-            state, metrics = step_fn(state, batch, key)
-            window.append(metrics)
-            bar.update()
-            last = step + 1 == ends[-1]
-            if (step + 1) % config.log_every == 0 or last:
-                means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
-                if not np.isfinite(means["loss"]):
-                    raise SystemExit(f"train.py: the loss is {means['loss']} at step {step + 1}.")
-                seconds = (time.perf_counter() - started) / len(window)
-                record = {"step": step + 1, **means, "samples_per_second": phase.batch_size / seconds}
-                print(json.dumps({k: round(v, 5) for k, v in record.items()}), file=log, flush=True)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
-                window, started = [], time.perf_counter()
-            if (step + 1) % config.checkpoint_every == 0 or last:
-                manager.save(step + 1, args=ocp.args.StandardSave(state))
-    return state
-
-
-def train_vae(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Path | None = None) -> None:
-    """Trains the VAE and writes the model folder with it, the frozen random encoders and the tokenizer."""
-    tokenizer_folder = out / "model" / "tokenizer"
-    text_len = config.model.dit.text_len
-    vocab_size = emoji_tokenizer.build_tokenizer(emoji_world.vocabulary(config.data), tokenizer_folder, text_len)
-    text_encoder = dataclasses.replace(config.model.text_encoder, vocab_size=vocab_size)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text_encoder=text_encoder))
-
-    stage = config.vae
-    clips = emoji_clips.render_clips(config.model, config.data, "train", config.seed, stage.num_clips)
-    params = jax.jit(lambda key: pipeline.init_params(config.model, key))(jax.random.key(config.seed))
-    params["vae"] = start_params(start, "vae", params["vae"])
-    optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
-    stride = config.model.vae.spatial_stride
-
-    def make_batch(phase: training.VAEPhase, rng: np.random.Generator) -> np.ndarray:
-        return emoji_clips.vae_batch(
-            clips, rng, phase.batch_size, phase.num_frames, phase.crop, stride, stage.grey_fraction
-        )
-
-    state = training.init_state(params["vae"], optimizer)
-    step_fn = training.make_vae_step(config, optimizer)
-    state = run_phases(out, "vae", config, stage.phases, state, step_fn, make_batch)
-
-    # The DiT works on latents of mean 0 and deviation 1 per channel.
-    encode = jax.jit(lambda frames: vae.encode(config.model.vae, state.ema, frames.astype(jnp.float32) / 127.5 - 1))
-    latents = np.concatenate([encode(clips[i : i + 16]) for i in range(0, min(len(clips), 512), 16)])
-    mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
-    statistics = {"latent_mean": tuple(map(float, mean.round(4))), "latent_std": tuple(map(float, std.round(4)))}
-    model = dataclasses.replace(config.model, vae=dataclasses.replace(config.model.vae, **statistics))
-    frozen = {name: params[name] for name in ("text_encoder", "image_encoder")}
-    checkpoint.save_model(out / "model", model, {"vae": state.ema, **frozen}, config.save_dtype)
-    print(f"wrote {out / 'model'}; next: the same command with --stage dit")
-
-
-def train_dit(config: training.TrainConfig, out: pathlib.Path, start: pathlib.Path | None = None) -> None:
-    """Encodes the clips once with the frozen networks of OUT/model, then trains the DiT and adds it to the folder."""
-    folder = out / "model"
-    stored = load_model_config(folder)
-    # Sizes and statistics that the first stage found out; the DiT itself may have been changed since.
-    model = dataclasses.replace(config.model, vae=stored.vae, text_encoder=stored.text_encoder)
-    config = dataclasses.replace(config, model=model)
-    stage, data = config.dit, config.data
-    abstract = {k: v for k, v in pipeline.abstract_params(model).items() if k != "dit"}
-    _, frozen = checkpoint.restore_model(folder, abstract)
-    encoders = pipeline.encoders(model, frozen)
-    tokenizer = pipeline.load_tokenizer(folder)
-    num_frames = model.sampling.num_frames
-
-    def make_example(index: int) -> emoji_clips.Example:
-        clip = emoji_world.sample_clip(data, "train", config.seed + 1, index)
-        return emoji_clips.make_example(model, tokenizer, clip, index, stage.first_frame_target)
-
-    clips = emoji_clips.encode_clips(out / "encoded", make_example, encoders, stage.num_clips)
-
-    blank = prepare_case(
-        model, tokenizer, "", [], num_frames=num_frames, height=data.height, width=data.width, num_subjects=1
-    )
-    conditioning = jax.jit(lambda arrays: encode_cases(encoders, arrays, num_frames))(stack_cases([blank]))
-    null = training.Null(
-        conditioning.text_embeddings[0], conditioning.reference_latents[0], conditioning.image_embeddings[0]
-    )
-
-    def make_batch(phase: training.DiTPhase, rng: np.random.Generator) -> training.Batch:
-        batch = clips.batch(rng, phase.batch_size, phase.num_latent_frames, phase.reach, phase.max_references)
-        return training.Batch(*batch)
-
-    optimizer = training.make_optimizer(stage.optimizer, sum(phase.num_steps for phase in stage.phases))
-    params = jax.jit(lambda key: pipeline.init_params(model, key)["dit"])(jax.random.key(config.seed))
-    params = start_params(start, "dit", params)
-    state = training.init_state(params, optimizer)
-    compute = dataclasses.replace(
-        config, model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, dtype=stage.dtype))
-    )
-    step_fn = training.make_dit_step(compute, optimizer, null)
-    state = run_phases(out, "dit", config, stage.phases, state, step_fn, make_batch)
-    checkpoint.save_model(folder, model, {"dit": state.ema}, config.save_dtype)
-    print(f"wrote {folder}; next: python sample.py --model {folder}")
-
-
-def start_params(folder: pathlib.Path | None, name: str, params: checkpoint.Params) -> checkpoint.Params:
-    """The parameters of a model folder to start from, or those given."""
-    if folder is None:
-        return params
-    return checkpoint.restore_params(folder / name, jax.eval_shape(lambda: params))
-
-
-STAGES = {"vae": train_vae, "dit": train_dit}
-
-
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    stage: Literal["vae", "dit"]  # the DiT needs the VAE's model folder
-    out: pathlib.Path  # checkpoints, logs and the model folder
-    start: pathlib.Path | None  # a model folder whose weights to start from instead of random ones
-    config: training.TrainConfig
+    output_dir: pathlib.Path  # checkpoints, metrics and what comes out
+    config: TrainConfig
+    num_steps: int | None = None  # of the whole run; what the preset says if not given
+    mesh: str = ""  # sizes of data, fsdp, context and tensor, such as "data=2,fsdp=-1"; "": all devices on fsdp
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("usage: python train.py configs/NAME.py --stage vae|dit --out DIR [--config.… overrides]")
+        raise SystemExit(
+            "usage: python train.py configs/NAME.py --output-dir DIR [--num-steps N] [--config.… overrides]"
+        )
     default = Arguments(
-        stage="vae",
-        out=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem,
-        start=None,
-        config=load_config(sys.argv[1]),
+        output_dir=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem, config=load_config(sys.argv[1])
     )
-    arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:])
-    STAGES[arguments.stage](arguments.config, arguments.out, arguments.start)
+    # A preset says what is trained; its alternatives are other presets.
+    options = (tyro.conf.AvoidSubcommands,)
+    arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:], description=__doc__, config=options)
+    config = arguments.config
+    if arguments.num_steps is not None:
+        config = dataclasses.replace(config, num_steps=arguments.num_steps)
+    train(config, arguments.output_dir, make_mesh(arguments.mesh or "fsdp=-1"))
 
 
 if __name__ == "__main__":

@@ -1,101 +1,40 @@
-"""Emoji world: the bundled model, small enough to train on a CPU. Both stages, in this order.
+"""Emoji world, second stage: the DiT of the bundled model, small enough to train on a CPU.
 
-python train.py configs/emoji.py --stage vae --out runs/emoji
-python train.py configs/emoji.py --stage dit --out runs/emoji
+python train.py configs/emoji.py --output-dir runs/emoji
+
+It takes the VAE, the encoders and the tokenizer of the bundled model; `--config.task.folder runs/emoji_vae/model` takes those
+of `configs/emoji_vae.py`.
 """
 
-from magref_jax.config import (
-    DiTConfig,
-    ImageEncoderConfig,
-    ModelConfig,
-    SamplingConfig,
-    TextEncoderConfig,
-    VAEConfig,
-)
-from magref_jax.data.emoji_world import EmojiWorldConfig
-from magref_jax.training import DiTPhase, DiTTraining, OptimizerConfig, TrainConfig, VAEPhase, VAETraining
+import pathlib
 
-model = ModelConfig(
-    dit=DiTConfig(
-        dim=192,
-        ffn_dim=576,
-        num_heads=6,
-        num_layers=5,
-        text_dim=128,
-        text_len=48,
-        image_dim=64,
-        freq_dim=64,
-        rope_theta=100.0,  # a clip is 9 tokens wide
-        dtype="float32",
-        remat="dots",
-        attention="auto",
-    ),
-    vae=VAEConfig(
-        base_dim=12,
-        dim_multipliers=(1, 2, 4),
-        num_res_blocks=1,
-        temporal_downsample=(False, True),
-        latent_mean=(0.0,) * 16,
-        latent_std=(1.0,) * 16,
-        convolution="taps",
-    ),
-    text_encoder=TextEncoderConfig(
-        vocab_size=1,  # set by the tokenizer that training writes
-        dim=128,
-        ffn_dim=128,
-        num_heads=8,
-        head_dim=16,
-        num_layers=2,
-        # Frozen as initialised: a name's embedding holds what it does and where.
-        relative_offsets=(-2, -1, 1, 2, 3, 4, 5, 6),
-        dtype="float32",
-    ),
-    image_encoder=ImageEncoderConfig(
-        dim=64, ffn_dim=128, num_heads=4, num_layers=2, image_size=48, patch_size=12, dtype="float32"
-    ),
-    sampling=SamplingConfig(
-        height=56,
-        width=72,
-        num_frames=9,
-        num_inference_steps=30,
-        flow_shift=3.0,
-        guidance_scale=3.0,
-        layout="v1",  # every reference in the size it has in the video
-        negative_prompt="",
-    ),
-    subject_alpha=1.0,
-    drop_frames=1,
-    fps=8.0,
-)
+from configs.emoji_vae import model, world
+from magref_jax.data.clips import Choice, Phase
+from magref_jax.training.config import DiTTask, EmojiData, Events, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+objective = ObjectiveConfig(flow_shift=2.0, subject_weight=5.0)
 
 config = TrainConfig(
-    model=model,
-    # Places lie on the 8-pixel grid of the DiT's tokens, sprites move by one token per latent frame, and their references
-    # lie on that grid too: to copy is to attend to a whole token.
-    data=EmojiWorldConfig(
-        subject_counts=(0.5, 0.35, 0.15),
-        cross_pair=0.05,
-        background_reference=0.15,
-    ),
-    vae=VAETraining(
+    task=DiTTask(
+        folder=pathlib.Path("magref_jax/bundled/emoji"),
+        model=model,
+        start="random",
+        data=EmojiData(world, num_clips=12000),
         phases=(
-            VAEPhase(num_steps=2500, batch_size=16, num_frames=1, crop=32),
-            VAEPhase(num_steps=2500, batch_size=8, num_frames=5, crop=24),
+            Phase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
+            Phase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
+            Phase(num_steps=2000, batch_size=16, num_latent_frames=2),
+            Phase(num_steps=20000, batch_size=8),
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-    ),
-    dit=DiTTraining(
-        phases=(
-            DiTPhase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
-            DiTPhase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
-            DiTPhase(num_steps=2000, batch_size=16, num_latent_frames=2),
-            DiTPhase(num_steps=20000, batch_size=8, num_latent_frames=5),
-        ),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
         dtype="bfloat16",
-        num_clips=12000,
-        flow_shift=2.0,
-        subject_weight=5.0,
+        layouts=1,
+        choice=Choice(cross_pair=0.0, drop_reference=0.0, larger_layout=0.0),  # the world pairs already
+        objective=objective,
     ),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, warmup_steps=200, cycle_steps=(28800,), final_fraction=0.05, b2=0.99, ema_decay=0.999
+    ),
+    num_steps=29000,
+    events=Events(validation=1000, sample=5000),
     save_dtype="bfloat16",
 )

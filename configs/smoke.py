@@ -1,28 +1,32 @@
-"""Both stages in under two minutes on two CPU cores, to see that training runs. The model it writes has learnt nothing."""
+"""Overfits one batch in under two minutes on two CPU cores, to see that training runs. The model it writes has learnt nothing.
+
+python train.py configs/smoke.py --output-dir runs/smoke --num-steps 20
+
+Every step sees the same 8 clips with the same noise, so that the loss can only fall: from the mean square of noise minus
+latents, which is what a network predicts whose last layer is zero, toward 0. `--config.task.no-overfit` makes a training of it.
+"""
 
 import dataclasses
+import pathlib
 
-from configs.emoji import config as emoji
-from magref_jax.training import DiTPhase, DiTTraining, OptimizerConfig, TrainConfig, VAEPhase, VAETraining
+from configs.emoji import objective
+from configs.emoji_vae import model, world
+from magref_jax.data.clips import Phase
+from magref_jax.training.config import DiTTask, EmojiData, Events, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    model=dataclasses.replace(
-        emoji.model,
-        dit=dataclasses.replace(emoji.model.dit, dim=32, ffn_dim=64, num_heads=2, num_layers=2),
-        vae=dataclasses.replace(emoji.model.vae, base_dim=4),
+    task=DiTTask(
+        folder=pathlib.Path("magref_jax/bundled/emoji"),
+        model=dataclasses.replace(
+            model, dit=dataclasses.replace(model.dit, dim=64, ffn_dim=128, num_heads=2, num_layers=2)
+        ),
+        start="random",
+        data=EmojiData(world, num_clips=16, validation_clips=8),
+        phases=(Phase(num_steps=20, batch_size=8),),
+        objective=objective,
+        overfit=True,
     ),
-    data=emoji.data,
-    vae=VAETraining(
-        phases=(VAEPhase(8, 4, num_frames=1, crop=16), VAEPhase(8, 2, num_frames=5, crop=16)),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4),
-        num_clips=16,
-    ),
-    dit=DiTTraining(
-        phases=(DiTPhase(8, 4, num_latent_frames=2, reach=3), DiTPhase(4, 4, num_latent_frames=5)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=4),
-        dtype="bfloat16",
-        num_clips=16,
-    ),
-    checkpoint_every=6,
-    log_every=4,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=0.9),
+    num_steps=20,
+    events=Events(checkpoint=5, report=10),
 )

@@ -175,7 +175,7 @@ def stored_params(folder: pathlib.Path, abstract_params: Params) -> Params:
         raise FileNotFoundError(f"{folder} does not exist; expected the parameters of a network there.")
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(folder).item_metadata.tree
-    problems = _differences(found, abstract_params)
+    problems = differences(found, abstract_params)
     if problems:
         raise ValueError(f"{folder} does not hold the parameters that config.json describes: " + "; ".join(problems))
     return jax.tree.map(
@@ -205,15 +205,21 @@ def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
         return checkpointer.restore(folder.absolute(), targets)
 
 
-def _differences(found: Params, expected: Params, limit: int = 5) -> list[str]:
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+def differences(found: Params, expected: Params, *, dtypes: bool = False, limit: int = 5) -> list[str]:
+    """How the leaves of a stored tree differ from those expected, in name, shape and, if asked for, dtype; the first few."""
 
-    found, expected = shapes(found), shapes(expected)
+    def describe(tree: Params) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(path): f"shape {tuple(leaf.shape)}"
+            + (f" and dtype {np.dtype(leaf.dtype)}" if dtypes else "")
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+
+    found, expected = describe(found), describe(expected)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
-        f"{name} has shape {found[name]}, expected {expected[name]}"
+        f"{name} has {found[name]}, expected {expected[name].removeprefix('shape ')}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
@@ -311,7 +317,7 @@ def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
         elif contents and expected[name].get("sha256") != found[name]["sha256"]:
             problems.append(f"{name} is damaged")
     if problems:
-        raise ValueError(f"Model folder {folder} differs from its {MANIFEST}: {'; '.join(problems[:5])}.")
+        raise ValueError(f"{folder} differs from its {MANIFEST}: {'; '.join(problems[:5])}.")
 
 
 def checkpoint_manager(folder: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:

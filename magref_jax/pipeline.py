@@ -59,6 +59,7 @@ from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.models import vae
 from magref_jax.models.dit import Context, DiT, SubjectInjection, encode_context
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
+from magref_jax.models.layers import LORA
 from magref_jax.models.text_encoder import TextEncoder
 from magref_jax.sharding import PARAM_SPECS, batch_multiple, constrain_batch, param_shardings, shard_batch
 from magref_jax.video import to_uint8
@@ -142,12 +143,14 @@ def velocity_fn(
     conditioning: Conditioning,
     frame_positions: Sequence[int] | None = None,
     context: Context | None = None,
+    lora: Params | None = None,
 ) -> VelocityFn:
     """The DiT as a function of noisy latents and timesteps.
 
     Fewer text tokens than the model's `text_len` end with one that stands for all the padding. `context` is what
-    `encode_context` made of the conditioning's text and image.
+    `encode_context` made of the conditioning's text and image. `lora` see `models.adapters`.
     """
+    variables = {"params": dit_params} if lora is None else {"params": dit_params, LORA: lora}
     padding_repeats = config.dit.text_len - conditioning.text_embeddings.shape[1] + 1
 
     def velocity(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
@@ -155,7 +158,7 @@ def velocity_fn(
         if conditioning.subject_tokens is not None and conditioning.subject_regions is not None:
             subjects = SubjectInjection(conditioning.subject_tokens, conditioning.subject_regions)
         return DiT(config.dit).apply(
-            {"params": dit_params},
+            variables,
             concatenate_channels(latents, conditioning),
             timesteps,
             conditioning.text_embeddings if context is None else None,

@@ -92,11 +92,23 @@ IMAGE_ENCODER_PARAM_SPECS: ParamSpecs = (
 # The VAE is 1 % of the model.
 VAE_PARAM_SPECS: ParamSpecs = ((r"(encoder|decoder|quant|post_quant)/.*", P()),)
 
+# The thin side of an adapter is on every device; the other is cut like the kernel it stands beside.
+LORA_PARAM_SPECS: ParamSpecs = (
+    (rf"blocks/\w+/{_WIDEN}/a", P(None, "fsdp", None)),
+    (rf"blocks/\w+/{_WIDEN}/b", P(None, None, "tensor")),
+    (rf"blocks/\w+/{_NARROW}/a", P(None, "tensor", None)),
+    (rf"blocks/\w+/{_NARROW}/b", P(None, None, "fsdp")),
+    (r"((text|time|image)_(in|out)|time_modulation|head/out)/a", P("fsdp", None)),
+    (r"((text|time|image)_(in|out)|time_modulation)/b", P(None, "tensor")),
+    (r"head/out/b", P()),
+)
+
 PARAM_SPECS: Mapping[str, ParamSpecs] = {
     "dit": DIT_PARAM_SPECS,
     "vae": VAE_PARAM_SPECS,
     "text_encoder": TEXT_ENCODER_PARAM_SPECS,
     "image_encoder": IMAGE_ENCODER_PARAM_SPECS,
+    "lora": LORA_PARAM_SPECS,
 }
 
 

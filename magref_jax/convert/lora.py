@@ -27,6 +27,7 @@ from magref_jax.config import DiTConfig
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import LINEAR, Layout, Rule, Transform, flatten, torch_shapes
 from magref_jax.convert.tensor_files import StoredTensor, read_safetensors, safetensors_metadata, write_safetensors
+from magref_jax.models.adapters import LoraConfig
 
 Family = Literal["kohya", "peft", "original"]
 
@@ -523,6 +524,21 @@ def _adapter_metadata(pairs: Mapping[str, LowRank], keys: Iterable[str]) -> str:
         values[name] = collections.Counter(numbers.values()).most_common(1)[0][0]
         values[pattern] = {module: number for module, number in numbers.items() if number != values[name]}
     return json.dumps({f"transformer.{name}": value for name, value in values.items()}, sort_keys=True)
+
+
+def trained_lora(tree: Any, lora: LoraConfig, config: DiTConfig) -> Lora:
+    """The adapters of `init_lora` after training, in their dtype, as `write_lora` and `apply_loras` take them."""
+    rules = _rules(config, "wan")
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+    alpha = None if lora.alpha is None else np.asarray(lora.alpha, np.float32)
+    deltas = []
+    for module in (path.removesuffix("/a") for path in arrays if path.endswith("/a")):
+        kernel, a, b = f"{module}/kernel", arrays[f"{module}/a"], arrays[f"{module}/b"]
+        layers: Sequence[Any] = range(len(a)) if rules[kernel].is_stacked else (None,)
+        for layer in layers:
+            down, up = (np.ascontiguousarray((x if layer is None else x[layer]).T) for x in (a, b))
+            deltas.append(Delta(kernel, layer, LowRank(down, up, alpha)))
+    return Lora("trained", config, tuple(deltas), matched=2 * len(deltas))
 
 
 def split_strength(text: str) -> tuple[pathlib.Path, float]:

@@ -20,7 +20,16 @@ from jaxtyping import Array, Float, Real
 
 from magref_jax.config import DiTConfig
 from magref_jax.models.attention import FULL, AttentionStructure, dot_product_attention
-from magref_jax.models.layers import REMAT, LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
+from magref_jax.models.layers import (
+    LORA,
+    REMAT,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    rotary_rotations,
+    rotate,
+    timestep_embedding,
+)
 
 Rotations = tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
 
@@ -355,7 +364,7 @@ class DiT(nn.Module):
         per_layer, of_all = 0, nn.broadcast
         blocks = nn.scan(
             REMAT[cfg.remat](Block),
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, LORA: 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(per_layer, *[of_all] * 8),
             length=cfg.num_layers,

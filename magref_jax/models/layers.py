@@ -30,12 +30,15 @@ REMAT: dict[str, Callable[[type[nn.Module]], type[nn.Module]]] = {
     ),
 }
 
+LORA = "lora"  # the variable collection of adapters; see models/adapters.py
+
 
 class Linear(nn.Module):
-    """x · kernel + bias in `dtype`. float32 products are deliberate, and on a TPU that takes the highest precision.
+    """x · kernel + bias in `dtype`, and + x · a · b if there is an adapter.
 
-    In bfloat16 all sums are float32, those of the two derivatives too, and said in so many words: a CPU with matrix units
-    runs bfloat16 products with float32 results 5x as fast as float32 ones, and all others slower.
+    float32 products are deliberate, and on a TPU that takes the highest precision. In bfloat16 all sums are float32, those
+    of the two derivatives too, and said in so many words: a CPU with matrix units runs bfloat16 products with float32
+    results 5x as fast as float32 ones, and all others slower.
     """
 
     features: int
@@ -47,9 +50,20 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        if jnp.dtype(self.dtype) == jnp.float32:
-            return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias
-        return _linear(x, kernel, bias)
+        out = _affine(x, kernel, bias)
+        if self.has_variable(LORA, "a"):
+            a, b = (self.get_variable(LORA, name).astype(self.dtype) for name in ("a", "b"))
+            low = _affine(x, a, jnp.zeros(a.shape[-1], self.dtype))
+            out += _affine(low, b, jnp.zeros(b.shape[-1], self.dtype))
+        return out
+
+
+def _affine(
+    x: Float[Array, "*batch D"], kernel: Float[Array, "D E"], bias: Float[Array, "E"]
+) -> Float[Array, "*batch E"]:
+    if x.dtype == jnp.float32:
+        return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    return _linear(x, kernel, bias)
 
 
 @jax.custom_vjp

@@ -1,0 +1,422 @@
+"""From a folder of videos to records: cut, resampled, resized, with their captions and references.
+
+    python -m magref_jax.data.prepare clips.jsonl --out records --size 480x832 --num-frames 81 --fps 16
+
+A line of `clips.jsonl` is a clip; paths are relative to the file:
+
+    {"video": "dog.mp4", "caption": "a dog runs over a meadow", "start": 2.5,
+     "references": [{"image": ["dog.png", "dog_elsewhere.png"], "label": "dog", "identity": "rex"}]}
+
+A clip that cannot be used is counted with the reason and left out. What is stopped, goes on where it was when the same command
+is given again, and the files become the same.
+"""
+
+import collections
+import dataclasses
+import fractions
+import io
+import json
+import math
+import pathlib
+import re
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast
+
+import av
+import grain
+import numpy as np
+import tyro
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from magref_jax import images
+from magref_jax.checkpoint import file_digest
+from magref_jax.conditioning.canvas import Role, resize_and_crop
+from magref_jax.conditioning.subjects import Span, clean_prompt, occurrences
+from magref_jax.data.records import (
+    Caption,
+    ClipRecord,
+    Origin,
+    RecordSource,
+    ReferenceRecord,
+    Skipped,
+    TooManySkippedError,
+    View,
+    write_records,
+)
+from magref_jax.video import _to_rgb, encode_video
+
+MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
+MAX_VIDEO_BYTES = 2**36
+SHOWN = 10  # problems of a file that are listed
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceLine:
+    """A reference as a line names it: several pictures are views of one thing."""
+
+    images: tuple[pathlib.Path, ...]
+    origins: tuple[Origin, ...]
+    label: str  # words of the caption; "": it does not name this one
+    role: Role
+    identity: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipLine:
+    """A line of the list of clips."""
+
+    id: str
+    video: pathlib.Path
+    captions: tuple[str, ...]
+    references: tuple[ReferenceLine, ...]
+    start: float  # seconds
+    end: float | None  # seconds; None: of the video
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What a clip becomes."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16.0
+    store: Literal["frames", "mp4"] = "mp4"
+
+
+_LINE = {
+    "video": str,
+    "caption": str,
+    "captions": list,
+    "references": list,
+    "start": float,
+    "end": float,
+    "id": str,
+    "source": str,
+}
+_REFERENCE = {"image": (str, list), "origin": (str, list), "label": str, "role": str, "identity": str}
+
+
+def _check_fields(fields: Any, allowed: dict[str, Any], required: str, what: str) -> None:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{what} must be an object, it is {fields!r:.80}.")
+    if unknown := sorted(set(fields) - set(allowed)):
+        raise ValueError(f"{what} has the unknown name {unknown[0]!r}; the names are {', '.join(allowed)}.")
+    if required not in fields:
+        raise ValueError(f"{what} has no {required!r}.")
+    for name, value in fields.items():
+        kinds = (float, int) if allowed[name] is float else allowed[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{what} has {name}={value!r:.80}; it must be {_KINDS[allowed[name]]}.")
+
+
+_KINDS = {str: "text", list: "a list", float: "a number of seconds", (str, list): "a path or a list"}
+
+
+def _parse_reference(fields: Any, folder: pathlib.Path) -> ReferenceLine:
+    _check_fields(fields, _REFERENCE, "image", "a reference")
+    paths = [fields["image"]] if isinstance(fields["image"], str) else fields["image"]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"a reference has image={paths!r:.80}; it must be a path or some.")
+    # The first picture is cut from the clip unless the line says otherwise, the others show the same thing elsewhere.
+    origins: Any = fields.get("origin", ["in_pair"] + ["cross_clip"] * (len(paths) - 1))
+    origins = [origins] * len(paths) if isinstance(origins, str) else origins
+    role = fields.get("role", "subject")
+    for name, given, allowed in (("origin", origins, typing.get_args(Origin)), ("role", [role], typing.get_args(Role))):
+        if wrong := [value for value in given if value not in allowed]:
+            raise ValueError(f"a reference has {name}={wrong[0]!r:.80}; choose one of {', '.join(allowed)}.")
+    if len(origins) != len(paths):
+        raise ValueError(f"a reference has {len(paths)} images and {len(origins)} origins.")
+    return ReferenceLine(
+        tuple(folder / path for path in paths),
+        cast(tuple[Origin, ...], tuple(origins)),
+        fields.get("label", ""),
+        role,
+        fields.get("identity", ""),
+    )
+
+
+def _parse_line(text: str, folder: pathlib.Path) -> ClipLine:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}.") from None
+    _check_fields(fields, _LINE, "video", "it")
+    captions = [fields["caption"]] if "caption" in fields else fields.get("captions", [])
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError("it needs a 'caption', or 'captions', that are not empty.")
+    start, end = float(fields.get("start", 0.0)), fields.get("end")
+    if not 0 <= start < (math.inf if end is None else end):
+        raise ValueError(f"it has start={start:g} and end={end}; they must be 0 <= start < end.")
+    return ClipLine(
+        fields.get("id", fields["video"] + (f"@{start:g}" if start else "")),
+        folder / fields["video"],
+        tuple(clean_prompt(caption) for caption in captions),
+        tuple(_parse_reference(reference, folder) for reference in fields.get("references", [])),
+        start,
+        end,
+        fields.get("source", fields["video"]),
+    )
+
+
+def read_lines(path: pathlib.Path) -> list[ClipLine]:
+    """The clips that a JSONL file lists.
+
+    Raises:
+        ValueError: lines that say something else; lists them with their numbers.
+    """
+    lines, problems = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if text.strip():
+            try:
+                lines.append(_parse_line(text, path.parent))
+            except ValueError as error:
+                problems.append(f"{path} line {number}: {error}")
+    if problems:
+        more = f"\nand {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError("\n".join(problems[:SHOWN]) + more)
+    if not lines:
+        raise ValueError(f"{path} lists no clip.")
+    return lines
+
+
+ROUNDING = 5e-4  # seconds; times of streams are rounded to it
+
+
+def _timed_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, start: float
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    """Frames from the last whole one before `start`; each with the seconds it begins at and is meant to last."""
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    tick = stream.time_base or fractions.Fraction(1)
+    first = stream.start_time or 0
+    if start > 0:
+        container.seek(first + int(start / tick), stream=stream)
+    begin = 0.0
+    for frame in container.decode(stream):
+        begin = begin if frame.pts is None else float((frame.pts - first) * tick)
+        duration = float(frame.duration * tick) if frame.duration else 1 / rate if rate else 0.0
+        yield begin, duration, frame
+        begin += duration
+
+
+def _picture(frame: av.VideoFrame, pixel_aspect: fractions.Fraction | None) -> Image.Image:
+    """A frame as a player shows it: upright, its pixels square."""
+    if frame.is_corrupt:
+        raise ValueError("a frame is damaged")
+    image = Image.fromarray(_to_rgb(frame))
+    if pixel_aspect and pixel_aspect != 1:
+        image = image.resize((max(round(image.width * pixel_aspect), 1), image.height), Image.Resampling.LANCZOS)
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def cut_clip(
+    path: pathlib.Path, cut: Cut, start: float = 0.0, end: float | None = None
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """The frames on screen at `start`, `start` + 1/fps, ... seconds, resized and cut in the middle.
+
+    Raises:
+        ValueError: no video, a damaged one, or one too short; `av.FFmpegError` where the decoder gives up.
+    """
+    images.regular_file(path, MAX_VIDEO_BYTES, "video file")
+    frames = _cut(path, cut, start, end, seek=start > 0)
+    if frames is None:  # the file's index is wrong
+        frames = _cut(path, cut, start, end, seek=False)
+    return cast(np.ndarray, frames)
+
+
+def _cut(path: pathlib.Path, cut: Cut, start: float, end: float | None, seek: bool) -> np.ndarray | None:
+    """`cut_clip` with or without a jump to its start; None if the jump went too far."""
+    end = math.inf if end is None else end
+    frames: list[np.ndarray] = []
+
+    def show(frame: av.VideoFrame, until: float) -> None:
+        """Takes a frame for every time that comes before `until` and was not taken care of."""
+        count = math.ceil((min(until, end) - ROUNDING - start) * cut.fps)
+        repeats = min(count, cut.num_frames) - len(frames)
+        if repeats > 0:
+            pixels, _ = resize_and_crop(_picture(frame, stream.sample_aspect_ratio), (0, 0, cut.width, cut.height))
+            frames.extend([pixels] * repeats)
+
+    with av.open(path, "r", options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # clips are decoded side by side instead
+        shown, until = None, 0.0
+        for begin, duration, frame in _timed_frames(container, stream, start if seek else 0.0):
+            if shown is None and seek and begin > start + ROUNDING:
+                return None
+            if shown is not None:
+                show(shown, begin)
+            shown, until = frame, begin + duration
+            if len(frames) == cut.num_frames or begin >= end:
+                break
+        if shown is not None:
+            show(shown, until)
+    if len(frames) == cut.num_frames:
+        return np.stack(frames)
+    raise ValueError(
+        f"it is too short: {max(min(until, end) - start, 0):.2f} s from start={start:g}; "
+        f"{cut.num_frames} frames at {cut.fps:g} a second are {cut.num_frames / cut.fps:.2f} s"
+    )
+
+
+def read_reference(path: pathlib.Path, box: tuple[int, int]) -> bytes:
+    """A reference image as PNG, upright, with its alpha, not larger than a canvas of this width and height can show.
+
+    Raises:
+        ValueError: as `images.read_image`.
+    """
+    picture = images.read_image(path)  # refuses damaged and oversized files
+    with Image.open(path, formats=images.FORMATS) as image:
+        if image.has_transparency_data and not image.mode.startswith("I;16"):
+            picture = ImageOps.exif_transpose(image).convert("RGBA")
+    scale = min(box[0] / picture.width, box[1] / picture.height)
+    if scale < 1:
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture.info.clear()
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def find_labels(caption: str, labels: Sequence[str]) -> tuple[Span | None, ...]:
+    """Where a caption names each reference; of equal labels, the second takes the second occurrence, if there is one."""
+    seen: collections.Counter[str] = collections.Counter()
+    spans: list[Span | None] = []
+    for label in labels:
+        found = list(occurrences(caption, label)) if label else []
+        spans.append(found[min(seen[label], len(found) - 1)] if found else None)
+        seen[label] += 1
+    return tuple(spans)
+
+
+def make_record(line: ClipLine, cut: Cut) -> ClipRecord | Skipped:
+    """The record of a line, or why there is none."""
+    try:
+        labels = [reference.label for reference in line.references]
+        captions = tuple(Caption(caption, find_labels(caption, labels)) for caption in line.captions)
+        for number, label in enumerate(labels):
+            if label and all(caption.label_spans[number] is None for caption in captions):
+                raise ValueError(f"no caption has the label {label!r}")
+        references = tuple(
+            ReferenceRecord(
+                reference.label,
+                tuple(
+                    View(read_reference(path, (cut.width, cut.height)), origin)
+                    for path, origin in zip(reference.images, reference.origins, strict=True)
+                ),
+                reference.role,
+                reference.identity,
+            )
+            for reference in line.references
+        )
+        frames = cut_clip(line.video, cut, line.start, line.end)
+    except (ValueError, OSError, av.FFmpegError) as error:
+        return Skipped(line.id, str(error).rstrip("."))
+    return ClipRecord(
+        id=line.id,
+        num_frames=cut.num_frames,
+        height=cut.height,
+        width=cut.width,
+        fps=cut.fps,
+        captions=captions,
+        references=references,
+        source=line.source,
+        frames=frames if cut.store == "frames" else None,
+        video=_to_mp4(frames, cut.fps) if cut.store == "mp4" else None,
+    )
+
+
+def _to_mp4(frames: UInt8[np.ndarray, "N H W 3"], fps: float) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "clip.mp4"
+        encode_video(path, frames, fps, scale=1)
+        return path.read_bytes()
+
+
+def prepare(
+    clips: pathlib.Path,
+    out: pathlib.Path,
+    cut: Cut,
+    *,
+    shard_records: int = 1024,
+    num_threads: int = 4,
+) -> RecordSource:
+    """Writes the records of the clips that a file lists; continues what is unfinished.
+
+    Raises:
+        ValueError: lines that are wrong, or `out` holds records of another file or cut.
+        TooManySkippedError: more than 1 % of the clips, and more than a few, cannot be used.
+    """
+    lines = read_lines(clips)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+
+    def make(start: int) -> Iterator[ClipRecord | Skipped]:
+        dataset = grain.MapDataset.source(lines)[start:].map(lambda line: make_record(line, cut))
+        yield from tqdm(
+            dataset.to_iter_dataset(options), desc="preparing", unit="clip", initial=start, total=len(lines)
+        )
+
+    return write_records(
+        out,
+        make,
+        len(lines),
+        shard_records=shard_records,
+        settings={"clips": file_digest(clips), **dataclasses.asdict(cut)},
+        max_skipped=max(MAX_SKIPPED, len(lines) // 100),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """From videos to records."""
+
+    clips: tyro.conf.Positional[pathlib.Path]  # JSONL, one clip a line
+    out: pathlib.Path  # folder for the records
+    size: str = "480x832"  # height x width in pixels
+    num_frames: int = 81
+    fps: float = 16.0
+    store: Literal["frames", "mp4"] = "mp4"  # frames: exact, and about 50 times as large
+    shard_records: int = 1024  # clips of a file
+    num_threads: int = 4
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        if not (size := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.size)):
+            raise ValueError(f"size={arguments.size!r} must be HEIGHTxWIDTH, such as 480x832.")
+        height, width = map(int, size.groups())
+        cut = Cut(height, width, arguments.num_frames, arguments.fps, arguments.store)
+        began = time.monotonic()
+        source = prepare(
+            arguments.clips,
+            arguments.out,
+            cut,
+            shard_records=arguments.shard_records,
+            num_threads=arguments.num_threads,
+        )
+    except TooManySkippedError as error:
+        sys.exit(f"{error}\nMore than 1 % of the clips cannot be used: mend or remove their lines.")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    for skipped in source.skipped:
+        print(f"left out: {skipped.id}: {skipped.reason}")
+    print(
+        f"{len(source)} records in {arguments.out}, {len(source.skipped)} clips left out; "
+        f"{len(source) / (time.monotonic() - began):.2f} records/s, {source.num_bytes / len(source) / 1e6:.3f} MB a clip"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Schedule, decay and the choice of parameters, against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magref_jax.training.config import OptimizerConfig
+from magref_jax.training.optimizer import join_params, make_optimizer, make_schedule, split_params
+
+
+def test_cosine_with_restarts():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, cycle_steps=(20, 40), final_fraction=0.1)
+    schedule = make_schedule(config)
+
+    def expected(step: int) -> float:
+        if step < 10:
+            return 2.0 * step / 10
+        if step >= 70:
+            return 0.2
+        start, length = (10, 20) if step < 30 else (30, 40)
+        return 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (step - start) / length)))
+
+    for step in range(100):
+        np.testing.assert_allclose(schedule(step), expected(step), rtol=1e-5, err_msg=str(step))
+
+
+def test_without_cycles_the_rate_stays_at_its_peak():
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=4))
+    np.testing.assert_allclose([schedule(step) for step in (0, 2, 4, 5, 10**6)], [0, 1, 2, 2, 2])
+    assert float(make_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=0))(0)) == 2.0
+
+
+def test_only_matrices_decay():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    params = {name: jnp.ones(2) for name in ("kernel", "a", "b", "bias", "scale", "modulation")}
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for name, update in updates.items():
+        expected = -0.1 * 0.5 if name in ("kernel", "a", "b") else 0.0
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
+
+
+def test_gradients_are_clipped_together():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=1.0, b1=0.0, b2=0.0))
+    params = {"bias": jnp.zeros(2), "scale": jnp.zeros(1)}
+    state = optimizer.init(params)
+    # Adam forgets the length of a gradient, its second moment does not: it holds the clipped one.
+    _, state = optimizer.update({"bias": jnp.array([3.0, 0.0]), "scale": jnp.array([4.0])}, state, params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "ndim", 0)]
+    np.testing.assert_allclose(sum(float(jnp.sum(leaf)) for leaf in moments), 0.6 + 0.8 + 0.36 + 0.64, rtol=1e-5)
+
+
+def test_split_and_join():
+    params = {"a": {"kernel": 1, "bias": 2}, "b": {"c": {"kernel": 3}}}
+    trained, frozen = split_params(params, "a/.*|b/c/bias")
+    assert (trained, frozen) == ({"a": {"kernel": 1, "bias": 2}}, {"b": {"c": {"kernel": 3}}})
+    assert join_params(trained, frozen) == params
+    # The whole name has to match, so that a prefix does not train what it only begins.
+    assert split_params(params, "a/k.*")[0] == {"a": {"kernel": 1}}
+    everything, nothing = split_params(params, ".*")
+    assert (everything, nothing) == (params, {})
+    assert join_params(everything, nothing) == params
+    with pytest.raises(ValueError, match=r"trainable='kernel' matches no parameter.*a/bias, a/kernel, b/c"):
+        split_params(params, "kernel")
+
+
+@pytest.mark.parametrize("options", [{"warmup_steps": -1}, {"cycle_steps": (10, 0)}, {"ema_decay": 1.0}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match=f"OptimizerConfig.*{next(iter(options))}"):
+        OptimizerConfig(**options)

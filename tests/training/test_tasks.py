@@ -1,0 +1,198 @@
+"""Whole runs of the tiny model: what is trained, what stays, what comes out."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import train
+from magref_jax import checkpoint, pipeline
+from magref_jax.convert.lora import read_lora
+from magref_jax.data.clips import Phase
+from magref_jax.models.adapters import LoraConfig
+from magref_jax.sharding import make_mesh
+from magref_jax.training.config import EmojiData, OptimizerConfig, TrainConfig, VAEPhase, VAETask
+from magref_jax.training.step import TrainState
+from tests.tiny_model import write_model
+from tests.training.tiny_run import MODEL, WORLD, tiny_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runs here compile the same programs again and again."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", MODEL, dtype=None)
+
+
+def run(config: TrainConfig, out: pathlib.Path) -> TrainState:
+    """On one device: tests have eight."""
+    return train.train(config, out, make_mesh("", jax.devices()[:1]))
+
+
+def lines(out: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def dit_params(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    params = checkpoint.restore_params(folder / "dit", pipeline.abstract_params(MODEL, only=("dit",))["dit"])
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_full_training_changes_every_parameter_and_writes_a_model_folder(folder, tmp_path):
+    config = dataclasses.replace(tiny_run(folder), accumulation_steps=2)
+    state = run(config, tmp_path)
+    before, after = dit_params(folder), dit_params(tmp_path / "model")
+    unchanged = set(before) - changed(before, after)
+    assert not unchanged
+    # What is written is the average, not the last step.
+    average = jax.tree.leaves(state.ema)
+    for leaf, written in zip(average, jax.tree.leaves(checkpoint_tree(tmp_path / "model")), strict=True):
+        np.testing.assert_array_equal(leaf, written)
+    model = pipeline.load(tmp_path / "model")
+    frozen = pipeline.load(folder)
+    for name in ("vae", "text_encoder", "image_encoder"):
+        jax.tree.map(np.testing.assert_array_equal, model.params[name], frozen.params[name])
+    assert model.config == frozen.config
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def checkpoint_tree(folder: pathlib.Path) -> dict:
+    return checkpoint.restore_params(folder / "dit", pipeline.abstract_params(MODEL, only=("dit",))["dit"])
+
+
+def test_parts_by_name_leave_the_rest_bitwise_and_without_moments(folder, tmp_path):
+    config = tiny_run(folder, trainable=r"blocks/cross_attention/.*|head/modulation")
+    state = run(config, tmp_path)
+    names = changed(dit_params(folder), dit_params(tmp_path / "model"))
+    assert names
+    assert all("cross_attention" in name or name == "['head']['modulation']" for name in names)
+    trained = {name for name in dit_params(folder) if "['cross_attention']" in name} | {"['head']['modulation']"}
+    assert names == trained
+    # Adam holds two moments per trained parameter and nothing for the others.
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
+    assert len(moments) == 2 * len(trained)
+
+
+def test_a_lora_leaves_the_base_and_loads_beside_it(folder, tmp_path):
+    before = dit_params(folder)
+    config = tiny_run(folder, trainable=LoraConfig(rank=2))
+    state = run(config, tmp_path)
+    assert not changed(before, dit_params(folder))
+    assert not (tmp_path / "model").exists()
+    assert {jax.tree_util.keystr(path[-1:]) for path, _ in jax.tree.leaves_with_path(state.params)} == {
+        "['a']",
+        "['b']",
+    }
+    assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(state.params))
+    abstract = pipeline.abstract_params(MODEL, only=("dit",))["dit"]
+    lora = read_lora(tmp_path / "lora.safetensors", MODEL.dit, abstract)
+    assert len(lora.deltas) > 0
+    with_lora = pipeline.load(folder, loras=[(tmp_path / "lora.safetensors", 1.0)])
+    assert not np.array_equal(
+        with_lora.params["dit"]["blocks"]["self_attention"]["query"]["kernel"],
+        before["['blocks']['self_attention']['query']['kernel']"],
+    )
+
+
+def test_a_run_goes_on_where_it_stands(folder, tmp_path):
+    whole = run(tiny_run(folder, num_steps=4), tmp_path / "whole")
+    run(tiny_run(folder, num_steps=2), tmp_path / "cut")
+    state = run(tiny_run(folder, num_steps=4), tmp_path / "cut")
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_array_equal(one, other)
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert len(set(losses[0])) == 4
+
+
+def test_encoded_once_is_what_every_step_encodes(folder, tmp_path):
+    """With layouts=1 the case of a clip is drawn once; the losses are of the size of those with a case of its own a step."""
+    task = {"phases": (Phase(num_steps=2, batch_size=4, num_latent_frames=2), Phase(num_steps=100, batch_size=4))}
+    run(tiny_run(folder, **task), tmp_path / "pixels")
+    run(tiny_run(folder, layouts=1, **task), tmp_path / "encoded")
+    assert (tmp_path / "encoded" / "encoded").is_dir()
+    pixels, encoded = (np.array([line["loss"] for line in lines(tmp_path / name)]) for name in ("pixels", "encoded"))
+    np.testing.assert_allclose(encoded, pixels, rtol=0.5)
+    # The same clips, latents and noise in the first step, but for the choice of views: not the same number.
+    assert not np.array_equal(encoded, pixels)
+
+
+def test_validation_and_samples(folder, tmp_path):
+    config = tiny_run(folder, num_steps=2)
+    events = dataclasses.replace(config.events, validation=1, sample=2)
+    run(dataclasses.replace(config, events=events), tmp_path)
+    found = lines(tmp_path)
+    for line in found:
+        levels = line["validation_loss_by_sigma"]
+        assert list(levels) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+        np.testing.assert_allclose(line["validation_loss"], np.mean(list(levels.values())), rtol=1e-6)
+    assert found[0]["validation_loss"] != found[1]["validation_loss"]
+    assert (tmp_path / "samples" / "step_2.png").stat().st_size > 1000
+
+
+def test_vae_and_then_a_new_dit_on_it(tmp_path):
+    vae = TrainConfig(
+        task=VAETask(
+            model=MODEL,
+            data=EmojiData(WORLD, num_clips=8, validation_clips=8),
+            phases=(VAEPhase(2, 2, num_frames=1, crop=8), VAEPhase(2, 2, num_frames=3, crop=None)),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.5),
+        num_steps=4,
+    )
+    run(vae, tmp_path / "vae")
+    stored = pipeline.load_model_config(tmp_path / "vae" / "model")
+    # Statistics are those of the latents, not those that the preset starts from.
+    assert stored.vae.latent_mean != MODEL.vae.latent_mean
+    config = tiny_run(tmp_path / "vae" / "model", num_steps=2, model=MODEL, start="random")
+    run(config, tmp_path / "dit")
+    model = pipeline.load(tmp_path / "dit" / "model")
+    assert set(model.params) == set(checkpoint.NETWORKS)
+    assert model.config.vae == stored.vae
+
+    # The decoder alone, from there: latents stay where they are.
+    sharper = dataclasses.replace(
+        vae,
+        task=dataclasses.replace(vae.task, folder=tmp_path / "dit" / "model", trainable="(decoder|post_quant)/.*"),
+        num_steps=2,
+    )
+    run(sharper, tmp_path / "sharper")
+    before, after = pipeline.load(tmp_path / "dit" / "model"), pipeline.load(tmp_path / "sharper" / "model")
+    for name in ("encoder", "quant"):
+        jax.tree.map(np.testing.assert_array_equal, before.params["vae"][name], after.params["vae"][name])
+    kernels = [model.params["vae"]["decoder"] for model in (before, after)]
+    assert any(not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, kernels), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, before.params["dit"], after.params["dit"])
+
+
+def test_a_wrong_name_is_refused_before_anything_is_read(folder, tmp_path):
+    with pytest.raises(ValueError, match="trainable='decoder' matches no parameter"):
+        run(tiny_run(folder, trainable="decoder"), tmp_path)
