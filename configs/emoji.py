@@ -14,23 +14,25 @@ from magref_jax.training.config import DiTTask, EmojiData, Events, ObjectiveConf
 
 objective = ObjectiveConfig(flow_shift=2.0, subject_weight=5.0)
 
-config = TrainConfig(
-    task=DiTTask(
-        folder=pathlib.Path("magref_jax/bundled/emoji"),
-        model=model,
-        start="random",
-        data=EmojiData(world, num_clips=12000),
-        phases=(
-            Phase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
-            Phase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
-            Phase(num_steps=2000, batch_size=16, num_latent_frames=2),
-            Phase(num_steps=20000, batch_size=8),
-        ),
-        dtype="bfloat16",
-        layouts=1,
-        choice=Choice(cross_pair=0.0, drop_reference=0.0, larger_layout=0.0),  # the world pairs already
-        objective=objective,
+task = DiTTask(
+    folder=pathlib.Path("magref_jax/bundled/emoji"),
+    model=model,
+    start="random",
+    data=EmojiData(world, num_clips=12000),
+    phases=(
+        Phase(num_steps=4000, batch_size=16, num_latent_frames=2, reach=2, max_references=1),
+        Phase(num_steps=3000, batch_size=16, num_latent_frames=2, max_references=1),
+        Phase(num_steps=2000, batch_size=16, num_latent_frames=2),
+        Phase(num_steps=20000, batch_size=8),
     ),
+    dtype="bfloat16",
+    layouts=1,
+    choice=Choice(cross_pair=0.05, drop_reference=0.0, larger_layout=0.0),
+    objective=objective,
+)
+
+config = TrainConfig(
+    task=task,
     optimizer=OptimizerConfig(
         learning_rate=2e-3, warmup_steps=200, cycle_steps=(28800,), final_fraction=0.05, b2=0.99, ema_decay=0.999
     ),

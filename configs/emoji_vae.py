@@ -71,7 +71,6 @@ model = ModelConfig(
 # that grid too: to copy is to attend to a whole token.
 world = EmojiWorldConfig(
     subject_counts=(0.5, 0.35, 0.15),
-    cross_pair=0.05,
     background_reference=0.15,
 )
 

@@ -318,9 +318,3 @@ def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
             problems.append(f"{name} is damaged")
     if problems:
         raise ValueError(f"{folder} differs from its {MANIFEST}: {'; '.join(problems[:5])}.")
-
-
-def checkpoint_manager(folder: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
-    """Numbered training checkpoints, written beside the loop; the newest `keep` stay."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)

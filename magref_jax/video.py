@@ -121,10 +121,10 @@ def encode_video(
 
 def read_video(path: str | os.PathLike[str]) -> Video:
     """Reads the first video stream of a file, and the metadata that `write_video` put there."""
-    with av.open(path, "r") as container:
+    with av.open(path, "r", metadata_errors="replace") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        frames = [_to_rgb(frame) for frame in container.decode(stream)]
+        frames = [to_rgb(frame) for frame in container.decode(stream)]
         if not frames or stream.average_rate is None:
             raise ValueError(f"{path} holds no video frames.")
         try:
@@ -141,10 +141,10 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> UInt8[n
         ValueError: a frame that the file does not have.
     """
     wanted, found, count = set(indices), {}, 0
-    with av.open(path, "r") as container:
+    with av.open(path, "r", metadata_errors="replace") as container:
         for count, frame in enumerate(container.decode(video=0), start=1):
             if count - 1 in wanted:
-                found[count - 1] = _to_rgb(frame)
+                found[count - 1] = to_rgb(frame)
             if len(found) == len(wanted):
                 break
     if missing := sorted(wanted - set(found)):
@@ -152,7 +152,7 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> UInt8[n
     return np.stack([found[index] for index in indices])
 
 
-def _to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
     # Without these two flags the conversion is a shortcut that darkens every channel by one level.
     exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     return frame.reformat(format="rgb24", interpolation=exact).to_ndarray()

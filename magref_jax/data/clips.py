@@ -393,8 +393,8 @@ def _buckets(
 
 
 def reference_counts(source: Source) -> Sequence[int]:
-    """How many references each record has: the source's `num_references`, or by reading every record once."""
-    counts = getattr(source, "num_references", None)
+    """How many references each record has, from the source's index or by reading every record once."""
+    counts = source.num_references
     return [len(source[i].references) for i in range(len(source))] if counts is None else counts
 
 

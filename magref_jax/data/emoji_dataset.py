@@ -117,6 +117,8 @@ class EmojiDataset(tfds.core.GeneratorBasedBuilder):
 class DatasetSource:
     """Records of a split of `EmojiDataset`, from what `tfds.data_source` or `as_data_source` returns."""
 
+    num_references = None
+
     def __init__(self, data_source: Any) -> None:
         self._examples = data_source
         info = data_source.dataset_info

@@ -111,6 +111,8 @@ def _atlas_digest() -> str:
 class EmojiSource:
     """Clips 0..count-1 of emoji world, drawn when they are asked for: no files."""
 
+    num_references = None
+
     def __init__(self, config: EmojiWorldConfig, split: Split = "train", seed: int = 0, count: int = 10_000) -> None:
         if count < 1:
             raise ValueError(f"count={count} must be at least 1.")

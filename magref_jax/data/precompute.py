@@ -7,6 +7,7 @@ every latent frame of the causal encoder, so that none of it can be put together
 Several machines share the work by `--part 0/8`, `--part 1/8`, ... into folders of their own, which training reads as one.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
@@ -68,7 +70,8 @@ def precompute(
 ) -> RecordSource:
     """Writes the encoded records of a source to `out`; continues what is unfinished, opens what is complete.
 
-    Case k of record i is a function of (seed, i, k).
+    Case k of record i is a function of (seed, i, k). All processes of a run call it together, with `out` on a file system
+    that they share; the first one writes.
 
     Args:
         source: Records with frames or a video.
@@ -88,8 +91,6 @@ def precompute(
     Raises:
         ValueError: an argument, a record that cannot be encoded, or `out` holds records that were made differently.
     """
-    if jax.process_count() > 1:
-        raise ValueError("one run encodes on one machine; start it on each with --part 0/N, --part 1/N, ...")
     if layouts < 1 or batch_size < 1:
         raise ValueError(f"layouts={layouts} and batch_size={batch_size} must be at least 1.")
     if not 0 <= part[0] < part[1] <= len(source):
@@ -110,10 +111,14 @@ def precompute(
             raise ValueError(f"record {index}, {record.id!r}: {error}") from None
 
     def make(start: int) -> Iterator[ClipRecord]:
+        start = _first_process_has(start)
+        started.append(start)
         indices = range(first + start, stop)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
         drawn = iter(grain.MapDataset.source(indices).map(draw).to_iter_dataset(options))
-        with tqdm(desc="encoding", unit="clip", initial=start, total=stop - first) as bar:
+        with tqdm(
+            desc="encoding", unit="clip", initial=start, total=stop - first, disable=jax.process_index() > 0
+        ) as bar:
             while block := list(itertools.islice(drawn, batch_size)):
                 # Batches hold clips of one size; which clips these are does not depend on where the run began.
                 shapes = [examples[0].frames.shape for _, examples in block]
@@ -124,34 +129,51 @@ def precompute(
                     examples = [example_arrays(block[row][1][layout]) for row in padded]
                     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
                     cells = batch.pop("subject_cells")
-                    encoded = jax.device_get(_encode(config, params, shard_batch(mesh, batch))) | {
-                        "subject_cells": cells
-                    }
+                    encoded = _on_host(_encode(config, params, shard_batch(mesh, batch))) | {"subject_cells": cells}
                     for position, row in enumerate(rows):
                         fields[row].append({name: values[position] for name, values in encoded.items()})
                 for (record, examples), cases in zip(block, fields, strict=True):
                     bar.update()
                     yield _encoded_record(record, examples, cases)
 
-    return write_records(
-        out,
-        make,
-        stop - first,
-        # Whole blocks, so that a run that goes on forms the same ones.
-        shard_records=-(-SHARD_RECORDS // batch_size) * batch_size,
-        shard_bytes=2**62,
-        settings={
-            "source": source.fingerprint,
-            "part": part,
-            "encoders": _encoder_config(config),
-            "weights": _weights_digest(params),
-            "layouts": layouts,
-            "choice": dataclasses.asdict(choice),
-            "first_frame_target": first_frame_target,
-            "seed": seed,
-            "batch_size": batch_size,
-        },
-    )
+    started: list[int] = []
+    settings = {
+        "source": source.fingerprint,
+        "part": part,
+        "encoders": _encoder_config(config),
+        "weights": _weights_digest(params),
+        "layouts": layouts,
+        "choice": dataclasses.asdict(choice),
+        "first_frame_target": first_frame_target,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    if jax.process_index() == 0:
+        write_records(
+            out,
+            make,
+            stop - first,
+            # Whole blocks, so that a run that goes on forms the same ones.
+            shard_records=-(-SHARD_RECORDS // batch_size) * batch_size,
+            shard_bytes=2**62,
+            settings=settings,
+        )
+        if not started:  # nothing was left to do, which the others wait to hear
+            _first_process_has(stop - first)
+    else:
+        collections.deque(make(0), maxlen=0)  # for what all processes compute together
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{out} is written")
+    return open_records(out)
+
+
+def _first_process_has(value: int) -> int:
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _on_host(tree: Any) -> Any:
+    """Whole arrays, in every process."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _encoded_record(
@@ -197,7 +219,7 @@ def _weights_digest(params: Mapping[str, Params]) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(dict(params)):
         if leaf.size <= 2**14:
-            digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+            digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(_on_host(leaf)).tobytes())
     return digest.hexdigest()
 
 

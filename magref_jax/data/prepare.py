@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from magref_jax import images
 from magref_jax.checkpoint import file_digest
-from magref_jax.conditioning.canvas import Role, resize_and_crop
+from magref_jax.conditioning.canvas import Box, Role, resize_and_crop
 from magref_jax.conditioning.subjects import Span, clean_prompt, occurrences
 from magref_jax.data.records import (
     Caption,
@@ -49,7 +49,7 @@ from magref_jax.data.records import (
     View,
     write_records,
 )
-from magref_jax.video import _to_rgb, encode_video
+from magref_jax.video import encode_video, to_rgb
 
 MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
 MAX_VIDEO_BYTES = 2**36
@@ -78,6 +78,7 @@ class ClipLine:
     start: float  # seconds
     end: float | None  # seconds; None: of the video
     source: str
+    crop: Box | None = None  # pixels of the upright picture, such as what black bars leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ _LINE = {
     "end": float,
     "id": str,
     "source": str,
+    "crop": list,
 }
 _REFERENCE = {"image": (str, list), "origin": (str, list), "label": str, "role": str, "identity": str}
 
@@ -155,6 +157,11 @@ def _parse_line(text: str, folder: pathlib.Path) -> ClipLine:
     start, end = float(fields.get("start", 0.0)), fields.get("end")
     if not 0 <= start < (math.inf if end is None else end):
         raise ValueError(f"it has start={start:g} and end={end}; they must be 0 <= start < end.")
+    crop = fields.get("crop")
+    if crop is not None:
+        is_box = len(crop) == 4 and all(type(edge) is int for edge in crop)
+        if not is_box or not (0 <= crop[0] < crop[2] and 0 <= crop[1] < crop[3]):
+            raise ValueError(f"it has crop={crop!r:.80}; it must be [x0, y0, x1, y1] in pixels.")
     return ClipLine(
         fields.get("id", fields["video"] + (f"@{start:g}" if start else "")),
         folder / fields["video"],
@@ -163,6 +170,7 @@ def _parse_line(text: str, folder: pathlib.Path) -> ClipLine:
         start,
         end,
         fields.get("source", fields["video"]),
+        None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
     )
 
 
@@ -211,28 +219,30 @@ def _picture(frame: av.VideoFrame, pixel_aspect: fractions.Fraction | None) -> I
     """A frame as a player shows it: upright, its pixels square."""
     if frame.is_corrupt:
         raise ValueError("a frame is damaged")
-    image = Image.fromarray(_to_rgb(frame))
+    image = Image.fromarray(to_rgb(frame))
     if pixel_aspect and pixel_aspect != 1:
         image = image.resize((max(round(image.width * pixel_aspect), 1), image.height), Image.Resampling.LANCZOS)
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def cut_clip(
-    path: pathlib.Path, cut: Cut, start: float = 0.0, end: float | None = None
+    path: pathlib.Path, cut: Cut, start: float = 0.0, end: float | None = None, crop: Box | None = None
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """The frames on screen at `start`, `start` + 1/fps, ... seconds, resized and cut in the middle.
+    """The frames on screen at `start`, `start` + 1/fps, ... seconds, cropped, resized and cut in the middle.
 
     Raises:
         ValueError: no video, a damaged one, or one too short; `av.FFmpegError` where the decoder gives up.
     """
     images.regular_file(path, MAX_VIDEO_BYTES, "video file")
-    frames = _cut(path, cut, start, end, seek=start > 0)
+    frames = _cut(path, cut, start, end, crop, seek=start > 0)
     if frames is None:  # the file's index is wrong
-        frames = _cut(path, cut, start, end, seek=False)
+        frames = _cut(path, cut, start, end, crop, seek=False)
     return cast(np.ndarray, frames)
 
 
-def _cut(path: pathlib.Path, cut: Cut, start: float, end: float | None, seek: bool) -> np.ndarray | None:
+def _cut(
+    path: pathlib.Path, cut: Cut, start: float, end: float | None, crop: Box | None, seek: bool
+) -> np.ndarray | None:
     """`cut_clip` with or without a jump to its start; None if the jump went too far."""
     end = math.inf if end is None else end
     frames: list[np.ndarray] = []
@@ -242,7 +252,12 @@ def _cut(path: pathlib.Path, cut: Cut, start: float, end: float | None, seek: bo
         count = math.ceil((min(until, end) - ROUNDING - start) * cut.fps)
         repeats = min(count, cut.num_frames) - len(frames)
         if repeats > 0:
-            pixels, _ = resize_and_crop(_picture(frame, stream.sample_aspect_ratio), (0, 0, cut.width, cut.height))
+            picture = _picture(frame, stream.sample_aspect_ratio)
+            if crop is not None:
+                if crop[2] > picture.width or crop[3] > picture.height:
+                    raise ValueError(f"crop={crop} is not inside its {picture.width}x{picture.height} pixels")
+                picture = picture.crop(crop)
+            pixels, _ = resize_and_crop(picture, (0, 0, cut.width, cut.height))
             frames.extend([pixels] * repeats)
 
     with av.open(path, "r", options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
@@ -320,7 +335,7 @@ def make_record(line: ClipLine, cut: Cut) -> ClipRecord | Skipped:
             )
             for reference in line.references
         )
-        frames = cut_clip(line.video, cut, line.start, line.end)
+        frames = cut_clip(line.video, cut, line.start, line.end, line.crop)
     except (ValueError, OSError, av.FFmpegError) as error:
         return Skipped(line.id, str(error).rstrip("."))
     return ClipRecord(

@@ -105,6 +105,7 @@ class Source(Protocol):
     """Random access to records. `sizes` are known without reading a record: batches hold clips of one size."""
 
     sizes: Sequence[Size]
+    num_references: Sequence[int] | None  # None: known only from the records themselves
     fingerprint: str  # changes when the records or their order do
 
     def __len__(self) -> int: ...
@@ -173,7 +174,7 @@ def encode_record(record: ClipRecord) -> bytes:
         # Shallow: `dataclasses.asdict` would copy every array.
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
-    return msgpack.packb([VERSION, pack(record)], default=pack)
+    return cast(bytes, msgpack.packb([VERSION, pack(record)], default=pack))
 
 
 def decode_record(data: bytes) -> ClipRecord:
@@ -234,7 +235,7 @@ class _Shard:
     inputs: int
     bytes: int
     sha256: str
-    sizes: list[tuple[int, int, int, int]]  # runs: number of records, frames, height, width
+    runs: list[tuple[int, int, int, int, int]]  # records in a row with the same frames, height, width and references
     skipped: list[tuple[str, str]]  # id and reason
 
 
@@ -283,16 +284,16 @@ def write_records(
     _check_skipped(shards, max_skipped)
     while done < count:
         path = folder / f"records-{len(shards):05}.array_record"
-        sizes: list[Size] = []
+        kinds: list[tuple[int, int, int, int]] = []
         skipped: list[tuple[str, str]] = []
         written = 0
         with replacing(path) as part:
             writer = ArrayRecordWriter(str(part), "group_size:1")
             try:
-                while len(sizes) + len(skipped) < min(shard_records, count - done) and written < shard_bytes:
+                while len(kinds) + len(skipped) < min(shard_records, count - done) and written < shard_bytes:
                     record = next(pending, None)
                     if record is None:
-                        raise ValueError(f"inputs ended after {done + len(sizes) + len(skipped)} of count={count}.")
+                        raise ValueError(f"inputs ended after {done + len(kinds) + len(skipped)} of count={count}.")
                     if isinstance(record, Skipped):
                         skipped.append((record.id, record.reason))
                         _check_skipped(shards, max_skipped, skipped)
@@ -300,12 +301,12 @@ def write_records(
                     data = encode_record(record)
                     writer.write(data)
                     written += len(data)
-                    sizes.append((record.num_frames, record.height, record.width))
+                    kinds.append((record.num_frames, record.height, record.width, len(record.references)))
             finally:
                 writer.close()
-        runs = [(len(list(group)), *size) for size, group in itertools.groupby(sizes)]
+        runs = [(len(list(group)), *kind) for kind, group in itertools.groupby(kinds)]
         size = path.stat().st_size
-        shards.append(_Shard(path.name, len(sizes) + len(skipped), size, file_digest(path), runs, skipped))
+        shards.append(_Shard(path.name, len(kinds) + len(skipped), size, file_digest(path), runs, skipped))
         done += shards[-1].inputs
         with replacing(folder / PROGRESS) as part:
             part.write_text(json.dumps(about | {"shards": [vars(shard) for shard in shards]}, indent=1) + "\n")
@@ -376,19 +377,22 @@ class RecordSource:
         shards = [(folder, shard) for folder in folders for shard in _complete(folder)]
         self.skipped = [Skipped(*entry) for _, shard in shards for entry in shard.skipped]
         self.num_bytes = sum(shard.bytes for _, shard in shards)
-        shards = [(folder, shard) for folder, shard in shards if shard.sizes]
+        shards = [(folder, shard) for folder, shard in shards if shard.runs]
         self._shards = {str(folder / shard.file): shard.sha256 for folder, shard in shards}
         self.fingerprint = hashlib.sha256("".join(self._shards.values()).encode()).hexdigest()
         sizes: list[Size] = []
+        num_references: list[int] = []
         self._ends: list[int] = []  # number of records up to the end of each shard
         for _, shard in shards:
-            for count, *size in shard.sizes:
-                sizes += [cast(Size, tuple(size))] * count
+            for count, frames, height, width, references in shard.runs:
+                sizes += [(frames, height, width)] * count
+                num_references += [references] * count
             self._ends.append(len(sizes))
         self.sizes: Sequence[Size] = sizes
+        self.num_references: Sequence[int] | None = num_references
         if not sizes:
             raise ValueError(f"{', '.join(map(str, folders))}: there is no record; all inputs were skipped.")
-        counts = [sum(run[0] for run in shard.sizes) for _, shard in shards]
+        counts = [sum(run[0] for run in shard.runs) for _, shard in shards]
         self._records = ArrayRecordDataSource(
             [_Instruction(path, 0, count, count) for path, count in zip(self._shards, counts, strict=True)]
         )

@@ -30,7 +30,7 @@ class ListSource:
     """Records 0, 1, … with one size each; nothing in them but their number."""
 
     def __init__(self, sizes, references=None, fingerprint="a"):
-        self.sizes, self.fingerprint = sizes, fingerprint
+        self.sizes, self.num_references, self.fingerprint = sizes, None, fingerprint
         self.references = references or [0] * len(sizes)
 
     def __len__(self):

@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -44,12 +47,16 @@ class TwoSizes:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    config, tokenizer, params = make_world(tmp_path_factory.mktemp("tiny"))
+    return config, tokenizer, jax.tree.map(jax.numpy.asarray, params)
+
+
+def make_world(folder: pathlib.Path):
     """What `precompute` takes besides a source and a folder: config, tokenizer and parameters."""
-    folder = tmp_path_factory.mktemp("tiny")
     build_tokenizer(tiny_model.WORDS, folder / "tokenizer", text_len=MODEL.dit.text_len)
     params = tiny_model.random_params(MODEL)
     params.pop("dit")
-    return MODEL, pipeline.load_tokenizer(folder), jax.tree.map(jax.numpy.asarray, params)
+    return MODEL, pipeline.load_tokenizer(folder), params
 
 
 def run(source, out: pathlib.Path, world, **changes):
@@ -140,6 +147,53 @@ def test_a_mesh_changes_nothing(world, encoded, tmp_path):
         for name in ("clean_latents", "reference_latents", "image_embeddings"):
             actual, expected = (getattr(source[index].cases[0], name) for source in (meshed, records))
             np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=4e-3)
+
+
+PROCESS = """
+import sys
+import jax
+
+number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+
+import pathlib
+from tests.data.test_precompute import *
+
+config, tokenizer, params = make_world(pathlib.Path(folder) / f"tokenizer{number}")
+mesh = make_mesh("data=2,fsdp=2")
+abstract = pipeline.place_params(mesh, jax.eval_shape(lambda: params))
+place = lambda leaf, placed: jax.make_array_from_callback(leaf.shape, placed.sharding, lambda index: leaf[index])
+params = jax.tree.map(place, params, abstract)
+source = EmojiSource(WORLD, count=5)
+for _ in range(2):  # the second time, all is there
+    records = run(source, pathlib.Path(folder) / "out", (config, tokenizer, params), mesh=mesh, batch_size=4)
+print(number, len(records), records.fingerprint)
+"""
+
+
+@pytest.mark.slow
+def test_processes_encode_together(world, tmp_path):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    commands = [[sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)] for number in range(2)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
+    lines = [output.split()[-3:] for output, _ in outputs]  # after what the transport says
+    assert [line[:2] for line in lines] == [["0", "5"], ["1", "5"]]
+    assert lines[0][2] == lines[1][2]
+    together, alone = open_records(tmp_path / "out"), run(EmojiSource(WORLD, count=5), tmp_path / "alone", world)
+    for record, expected in zip(together, alone, strict=True):
+        for case, other in zip(record.cases, expected.cases, strict=True):
+            assert case.caption == other.caption
+            for name in ("clean_latents", "reference_latents", "image_embeddings"):
+                np.testing.assert_allclose(getattr(case, name), getattr(other, name), rtol=1e-3, atol=4e-3)
 
 
 def test_records_of_other_weights_or_choices_are_not_reused(world, encoded):

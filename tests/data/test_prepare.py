@@ -200,6 +200,11 @@ def test_frames_are_scaled_to_fill_and_cut_in_the_middle(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     (frame,) = cut_clip(tmp_path / "a.mkv", Cut(20, 20, 1, 8.0))
+    left, middle = (cut_clip(tmp_path / "a.mkv", Cut(20, 20, 1, 8.0), crop=(x, 10, x + 20, 30))[0] for x in (5, 50))
+    assert np.abs(left.astype(int) - (200, 0, 0)).max() <= 3
+    assert np.abs(middle.astype(int) - (0, 200, 0)).max() <= 3
+    with pytest.raises(ValueError, match=r"crop=\(0, 0, 121, 40\) is not inside its 120x40 pixels"):
+        cut_clip(tmp_path / "a.mkv", Cut(20, 20, 1, 8.0), crop=(0, 0, 121, 40))
     # The middle third, but for the overshoot of LANCZOS at its edges.
     assert np.abs(frame[:, 3:-3].astype(int) - (0, 200, 0)).max() <= 5
 
@@ -325,6 +330,8 @@ def test_few_broken_clips_are_left_out_and_many_end_the_run(tmp_path):
         ('{"video": "a", "captions": []}', "needs a 'caption'"),
         ('{"video": "a", "captions": ["", "b"]}', "needs a 'caption'"),
         ('{"video": "a", "caption": "a", "start": 2, "end": 1}', "0 <= start < end"),
+        ('{"video": "a", "caption": "a", "crop": [0, 0, 5]}', "x0, y0, x1, y1"),
+        ('{"video": "a", "caption": "a", "crop": [5, 0, 5, 9]}', "x0, y0, x1, y1"),
         ('{"video": "a", "caption": "a", "start": -1}', "0 <= start < end"),
         ('{"video": "a", "caption": "a", "start": true}', "start=True; it must be a number"),
         ('{"video": "a", "caption": "a", "references": [{"label": "a"}]}', "a reference has no 'image'"),
@@ -339,6 +346,21 @@ def test_wrong_lines_are_named_before_anything_is_made(tmp_path, line, message):
     path.write_text('{"video": "a", "caption": "a"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=f"line 3: .*{message}"):
         read_lines(path)
+
+
+def test_tags_that_are_no_text_do_not_matter(tmp_path):
+    write_clip(tmp_path / "a.mp4", 8, 3)
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4"), "w") as target:
+        target.metadata["title"] = "ABCDABCD"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = (tmp_path / "b.mp4").read_bytes()
+    assert b"ABCDABCD" in data
+    (tmp_path / "b.mp4").write_bytes(data.replace(b"ABCDABCD", b"\xce\xff\xfe\xce" * 2))
+    assert shown(cut_clip(tmp_path / "b.mp4", Cut(48, 64, 3, 8.0))) == [0, 1, 2]
 
 
 def test_captions_are_cleaned_and_labels_found_in_them(tmp_path):

@@ -46,8 +46,7 @@ CHANGES = {
     "region": {},
     "full_mask": {"task.model.sampling.mask_mode": "full"},
     "no_injection": {"task.model.subject_alpha": 0.0},
-    "no_cross_pair": {"task.data.world.cross_pair": 0.0},
-    "cross_pair": {"task.choice.cross_pair": 0.5},
+    "no_cross_pair": {"task.choice.cross_pair": 0.0},
     "video_first": {
         "task.objective.first_frame_target": "video",
         "task.model.drop_frames": 0,
@@ -176,7 +175,7 @@ def script(monkeypatch):
     """In place of train.py: notes what it was to train, and leaves what a training leaves."""
     module = types.ModuleType("train")
     module.trained = []
-    module.load_config = lambda path: {"configs/emoji.py": emoji}[path]
+    module.load_config = lambda path: {"configs/emoji_ablation.py": emoji}[path]
 
     def train(config, out):
         module.trained.append((config, out))
@@ -200,7 +199,7 @@ def test_a_run_leaves_a_result_and_is_not_run_again(tmp_path, script, truthful, 
     assert config == ablation.row_config(emoji, "no_injection", 2, 290, 64)
     result = ablation.read_result(folder / "result.json")
     assert (result.row, result.seed) == ("no_injection", 2)
-    assert result.budget == {"preset": "emoji.py", "num_steps": 290, "num_clips": 64, "cases": CASES}
+    assert result.budget == {"preset": "emoji_ablation.py", "num_steps": 290, "num_clips": 64, "cases": CASES}
     assert result.scores["cross_pair"]["background"][0] == 1.0
     assert result.training == {"seconds": 2.0, "loss": pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)}
     assert not (folder / "encoded").exists()
@@ -282,7 +281,7 @@ def test_the_table_says_what_came_out():
 
 
 def test_the_table_says_where_it_contradicts_the_paper():
-    text = ablation.write_table(results(region=(0.5, 0.5), no_injection=(0.6, 0.62), cross_pair=(0.3, 0.3)))
+    text = ablation.write_table(results(region=(0.5, 0.5), no_injection=(0.6, 0.62), video_first=(0.3, 0.3)))
     assert "-0.110 over 'no subject disentanglement', 7.8 spreads" in text
     expected = "`region` > `no_injection` in the paper, `no_injection` > `region` here by identity: another."
     assert f"Order of the parts: {expected}" in text
