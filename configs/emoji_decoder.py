@@ -15,14 +15,14 @@ config = dataclasses.replace(
     task=VAETask(
         model=model,
         data=EmojiData(world, num_clips=6000, validation_clips=64),
-        phases=(VAEPhase(num_steps=6000, batch_size=8, num_frames=5, crop=32),),
+        phases=(VAEPhase(num_steps=4000, batch_size=8, num_frames=5, crop=32),),
         folder=pathlib.Path("magref_jax/bundled/emoji"),
         trainable="(decoder|post_quant)/.*",
         grey_fraction=0.0,  # nothing decodes a canvas in front of grey
     ),
     optimizer=OptimizerConfig(
-        learning_rate=1e-3, warmup_steps=100, cycle_steps=(5900,), final_fraction=0.02, b2=0.99, ema_decay=0.999
+        learning_rate=1e-3, warmup_steps=100, cycle_steps=(3900,), final_fraction=0.02, b2=0.99, ema_decay=0.999
     ),
-    num_steps=6000,
+    num_steps=4000,
     events=Events(validation=500),
 )

@@ -20,7 +20,9 @@ WORLD = EmojiWorldConfig(
 )
 MODEL = dataclasses.replace(
     CONFIG,
-    dit=dataclasses.replace(CONFIG.dit, attention="xla"),  # compiles twice as fast
+    # These compile twice as fast.
+    dit=dataclasses.replace(CONFIG.dit, attention="xla"),
+    vae=dataclasses.replace(CONFIG.vae, convolution="taps"),
     sampling=dataclasses.replace(CONFIG.sampling, width=32, height=24, num_frames=5, num_inference_steps=2),
 )
 
