@@ -19,12 +19,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
 import magref_jax
-from magref_jax import batches, files, outputs, pipeline, prompts, sharding
+from magref_jax import batches, distributed, files, outputs, pipeline, prompts, sharding
 from magref_jax.conditioning.canvas import assign
 from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, read_lora, split_strength
@@ -99,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     add(how, "batch_size", type=int, default=1, help="cases at once (default: %(default)s)")
     add(how, "attention", metavar="NAME", help=f"auto, {', '.join(IMPLEMENTATIONS)} (default: the model folder's)")
     add(how, "mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
+    add(how, "plan", metavar="CHIP:SIZES", help="make nothing: what a step takes on chips such as v6e:2x4; --mesh auto")
+    add(how, "plan_json", type=pathlib.Path, metavar="FILE", help="where to write that")
+    add(how, "coordinator", metavar="HOST:PORT", help="of process 0, where several processes do not find each other")
+    add(how, "num_processes", type=int, help="with --coordinator")
+    add(how, "process_id", type=int, help="with --coordinator: of this process, from 0")
     add(
         how,
         "compile_cache",
@@ -274,7 +280,8 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     tokenizer = config and checks.attempt(f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model)
     overrides = {} if config is None else read_overrides(arguments, config, checks)
     loras = [] if config is None else read_loras(arguments, config, checks)
-    mesh = arguments.mesh and checks.attempt(f"--mesh {arguments.mesh}", sharding.make_mesh, arguments.mesh)
+    shape = arguments.mesh or ("fsdp=-1" if jax.process_count() > 1 else "")
+    mesh = shape and checks.attempt(f"--mesh {shape}", sharding.make_mesh, shape)
     check_options(arguments, checks)
     wrong_options = bool(checks.problems)
     entries = read_entries(arguments, checks)
@@ -306,7 +313,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     cases = [batches.plan_case(case, run) for case in checked]
     keep = functools.partial(outputs.keep_finished, resume=arguments.resume, overwrite=arguments.overwrite)
     settings = [] if arguments.dry_run else [case.settings for case in cases]
-    kept = checks.attempt(f"--out {arguments.out}", keep, arguments.out, settings)
+    kept = checks.attempt(f"--out {arguments.out}", distributed.on_first, lambda: keep(arguments.out, settings))
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
     if kept is None or checks.problems:
@@ -336,7 +343,8 @@ def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) 
         model = dataclasses.replace(model, config=plan.config)
     reports: list[outputs.CaseReport] = []
     try:
-        with tqdm(total=sum(batch[0].sampling.num_inference_steps for batch in todo), unit="step") as bar:
+        total = sum(batch[0].sampling.num_inference_steps for batch in todo)
+        with tqdm(total=total, unit="step", disable=not distributed.is_first()) as bar:
 
             def on_batch(batch: Sequence[batches.PlannedCase]) -> None:
                 bar.set_description(", ".join(case.key for case in batch)[:40])
@@ -358,12 +366,13 @@ def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) 
             )
             for report in made:
                 reports.append(report)
-                if report.status != "kept":
+                if report.status != "kept" and distributed.is_first():
                     tqdm.write(f"{report.key}: {report.status}")
     finally:
-        outputs.write_run(
-            arguments.out, reports, arguments=argv, config=plan.config, timings=clock.seconds, mesh=plan.mesh
-        )
+        if distributed.is_first():
+            outputs.write_run(
+                arguments.out, reports, arguments=argv, config=plan.config, timings=clock.seconds, mesh=plan.mesh
+            )
     return reports
 
 
@@ -379,14 +388,33 @@ def write_sheet(cases: Sequence[batches.PlannedCase], out: pathlib.Path) -> path
     return outputs.write_contact_sheet(out, {case.key: case.digest for case in cases}, references)
 
 
+def plan_report(arguments: argparse.Namespace) -> str:
+    from magref_jax import planner
+
+    try:
+        return planner.report_sampling(
+            arguments.model, arguments.plan, arguments.mesh or "", arguments.batch_size, arguments.plan_json
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"sample.py: {error}")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(spelled_as_ours(argv))
+    if arguments.plan is not None:
+        print(plan_report(arguments))
+        return
+    try:
+        distributed.initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except ValueError as error:
+        sys.exit(f"sample.py: {error}")
     if arguments.compile_cache != "none":
         batches.set_compilation_cache(pathlib.Path(arguments.compile_cache or default_cache()))
     checks = Checks()
     plan = make_plan(arguments, checks)
-    checks.show_notes()
+    if distributed.is_first():
+        checks.show_notes()
     if arguments.dry_run:
         try:
             dry_run(
@@ -395,17 +423,20 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             sys.exit(f"sample.py: {error}")
         return
-    files.remove_leftovers(arguments.out)
-    for lora, _ in plan.loras:
-        print(lora.report)
+    distributed.on_first(lambda: files.remove_leftovers(arguments.out))
+    if distributed.is_first():
+        for lora, _ in plan.loras:
+            print(lora.report)
     reports = make_videos(plan, arguments, argv)
-    sheet = write_sheet(plan.cases, arguments.out)
-    print(outputs.summary_table(reports))
-    if sheet is not None:
-        print(f"wrote {sheet}")
+    sheet = distributed.on_first(lambda: write_sheet(plan.cases, arguments.out))
+    if distributed.is_first():
+        print(outputs.summary_table(reports))
+        if sheet is not None:
+            print(f"wrote {sheet}")
     if any(report.status.startswith("failed") for report in reports):
         sys.exit(3)
-    print(f"next: {what_next(plan.cases[0].checked.entry, arguments)}")
+    if distributed.is_first():
+        print(f"next: {what_next(plan.cases[0].checked.entry, arguments)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from magref_jax.checkpoint import Params
+from magref_jax.distributed import initialise, is_first, on_first, wait_for_all
 from magref_jax.files import replacing
 from magref_jax.sharding import make_mesh
 from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
@@ -63,7 +64,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
             )
         )
         stop = stack.enter_context(StopSignal())
-        write_config(config, out)
+        on_first(lambda: write_config(config, out))
         checkpoints = Checkpoints(
             out / "checkpoints", every=events.checkpoint, keep=events.keep, keep_every=events.keep_every
         )
@@ -76,7 +77,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
         if (done := checkpoints.latest_step()) is not None:
             state, position, saved = checkpoints.restore(done, abstract_state(state, shardings))
             job.batches.restore(position)
-            for change in config_changes(saved, as_json(config)):
+            for change in config_changes(saved, as_json(config)) if is_first() else []:
                 print(f"train.py: not as before step {done}: {change}", file=sys.stderr)
         step_fn = jax.jit(
             functools.partial(train_step, job.loss, optimizer, config.optimizer.ema_decay, config.accumulation_steps),
@@ -101,7 +102,9 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
                     monitor.log(step, job.validate(trained(state)))
             if job.sample is not None and is_due(events.sample, step, last):
                 with monitor.time("sample"):
-                    save_samples(job.sample(trained(state)), out, step, monitor)
+                    samples = job.sample(trained(state))
+                    if is_first():
+                        save_samples(samples, out, step, monitor)
             stopped = stop.received or checkpoints.reached_preemption(step)
             if is_due(events.checkpoint, step, last) or stopped:
                 with monitor.time("checkpoint"):
@@ -111,15 +114,16 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
 
         with monitor.time("other"):
             message = job.export(trained(state))
-        print(monitor.goodput.table())
-        print(message)
+        if is_first():
+            print(monitor.goodput.table())
+            print(message)
     return state
 
 
 def start_state(
     config: TrainConfig, job: Job, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, Any]:
-    """The state of step 0 on the mesh, and where the mesh holds what of it."""
+    """The state of step 0 on the mesh, and where the mesh holds what of it. Takes the memory of the job's parameters."""
     init = functools.partial(
         init_state,
         optimizer=optimizer,
@@ -127,7 +131,11 @@ def start_state(
         with_ema=config.optimizer.ema_decay is not None,
     )
     shardings = state_shardings(mesh, jax.eval_shape(init, job.params), optimizer, job.specs)
-    return jax.jit(init, out_shardings=shardings)(job.params), shardings
+    state = jax.jit(init, out_shardings=shardings)(job.params)
+    for leaf in jax.tree.leaves(job.params):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+    return state, shardings
 
 
 def abstract_state(state: TrainState, shardings: Any) -> Any:
@@ -155,6 +163,8 @@ def save(
         if wait:
             raise
         tqdm.write(f"train.py: {error}", file=sys.stderr)
+    if wait:
+        wait_for_all("saved")  # the first process is the last to finish
 
 
 def save_samples(samples: Samples, out: pathlib.Path, step: int, monitor: Monitor) -> None:
@@ -198,7 +208,23 @@ class Arguments:
     output_dir: pathlib.Path  # checkpoints, metrics and what comes out
     config: TrainConfig
     num_steps: int | None = None  # of the whole run; what the preset says if not given
+    coordinator: str | None = None  # HOST:PORT of process 0, where processes do not find each other; with the next two
+    num_processes: int | None = None
+    process_id: int | None = None  # of this process, from 0
     mesh: str = ""  # sizes of data, fsdp, context and tensor, such as "data=2,fsdp=-1"; "": all devices on fsdp
+    plan: str | None = (
+        None  # train nothing: what a step takes on chips such as v5p:4x4x4; `--mesh auto` compares meshes
+    )
+    plan_json: pathlib.Path | None = None  # where to write that
+
+
+def plan(config: TrainConfig, arguments: Arguments) -> str:
+    from magref_jax import planner
+
+    try:
+        return planner.report_training(config, str(arguments.plan), arguments.mesh, arguments.plan_json)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"train.py: {error}") from None
 
 
 def main() -> None:
@@ -212,6 +238,13 @@ def main() -> None:
     # A preset says what is trained; its alternatives are other presets.
     options = (tyro.conf.AvoidSubcommands,)
     arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:], description=__doc__, config=options)
+    if arguments.plan is not None:
+        print(plan(arguments.config, arguments))
+        return
+    try:
+        initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
     config = arguments.config
     if arguments.num_steps is not None:
         config = dataclasses.replace(config, num_steps=arguments.num_steps)

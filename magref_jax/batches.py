@@ -7,6 +7,7 @@ one compilation per size.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from magref_jax.conditioning.canvas import Order
 from magref_jax.conditioning.subjects import align_subject, clean_prompt
 from magref_jax.config import ModelConfig, SamplingConfig
 from magref_jax.diffusion.step_cache import StepPlan
+from magref_jax.distributed import on_first
 from magref_jax.prompts import Checked, Checks
 
 
@@ -171,7 +173,8 @@ def run_batches(
     for batch in batches:
         made = [case for case in batch if case.key not in kept]
         for case in batch:
-            sidecar = outputs.read_sidecar(out, case.key) if case.key in kept else None
+            read = functools.partial(outputs.read_sidecar, out, case.key)
+            sidecar = on_first(read) if case.key in kept else None
             if sidecar is not None:
                 yield outputs.CaseReport.of(sidecar, "kept")
         if not made:
@@ -213,7 +216,8 @@ def run_batches(
                 video = videos[case.key]
                 try:
                     with clock.measure("writing"):
-                        sidecar = outputs.write_case(out, case.settings, video.frames, video.case.canvas)
+                        write = functools.partial(outputs.write_case, out, case.settings)
+                        sidecar = on_first(functools.partial(write, video.frames, video.case.canvas))
                     yield outputs.CaseReport.of(sidecar, "written", seconds, per_step)
                     continue
                 except OSError as error:

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from magref_jax.config import ModelConfig, load_model_config
+from magref_jax.distributed import is_first, on_first
 
 Params = Any
 
@@ -37,14 +38,21 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def clear() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def replace() -> None:
+        # It names the folder of the machine that wrote it, and nothing reads it on a file system that renames atomically.
+        (temporary / "commit_success.txt").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    on_first(clear)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(temporary, params)
-    # It names the folder of the machine that wrote it, and nothing reads it on a file system that renames atomically.
-    (temporary / "commit_success.txt").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    on_first(replace)
 
 
 class ParamsWriter:
@@ -237,13 +245,17 @@ def save_model(
     unknown = sorted(set(params) - set(NETWORKS))
     if unknown:
         raise ValueError(f"params has unknown networks {unknown}; allowed are {NETWORKS}.")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, tree in params.items():
         save_params(folder / name, tree, dtype)
-    if write_tokenizer is not None:
-        write_tokenizer(folder / "tokenizer")
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    write_manifest(folder)
+
+    def write_rest() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if write_tokenizer is not None:
+            write_tokenizer(folder / "tokenizer")
+        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+        write_manifest(folder)
+
+    on_first(write_rest)
 
 
 def restore_model(
@@ -259,9 +271,11 @@ def restore_model(
     """
     verify_manifest(folder, contents=False)
     config = load_model_config(folder)
-    # Contents are read twice, to compare and to compute with, at the same time and all networks side by side.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        verified = pool.submit(verify_manifest, folder) if verify else None
+    # Contents are read twice, to compare and to compute with, at the same time and all networks side by side. Several
+    # processes read together, in one order; the first one compares, and where that fails they all end.
+    threads = None if jax.process_count() == 1 else 1
+    with concurrent.futures.ThreadPoolExecutor(1) as other, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        verified = other.submit(verify_manifest, folder) if verify and is_first() else None
         pending = {name: pool.submit(restore_params, folder / name, tree) for name, tree in abstract_params.items()}
         concurrent.futures.wait(pending.values())
         if verified is not None:  # first: what is damaged says more than what could not be read because of it

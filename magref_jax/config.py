@@ -17,6 +17,7 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
 Layout = Literal["v1", "v2"]
 MaskMode = Literal["region", "full"]
+ContextParallel = Literal["auto", "ulysses", "ring"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DiTConfig:
     dtype: DType = "bfloat16"
     remat: Remat = "block"
     attention: str = "auto"  # or a name in models.attention.IMPLEMENTATIONS
+    context_parallel: ContextParallel = "auto"  # how devices share the tokens of a sample; see models.context_parallel
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:

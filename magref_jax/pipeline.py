@@ -56,12 +56,13 @@ from magref_jax.diffusion.sampling import (
     start,
 )
 from magref_jax.diffusion.step_cache import StepPlan
+from magref_jax.distributed import check_equal, on_host
 from magref_jax.models import vae
 from magref_jax.models.dit import Context, DiT, SubjectInjection, encode_context
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
 from magref_jax.models.layers import LORA
 from magref_jax.models.text_encoder import TextEncoder
-from magref_jax.sharding import PARAM_SPECS, batch_multiple, constrain_batch, param_shardings, shard_batch
+from magref_jax.sharding import PARAM_SPECS, batch_multiple, constrain_batch, on_mesh, param_shardings, shard_batch
 from magref_jax.video import to_uint8
 
 # Pixels of a clip from which on the VAE works through it piece by piece. Below, one pass is faster and its memory small.
@@ -524,9 +525,10 @@ def _encode(
         if getattr(conditioning, name) is not None
     }
     stacked = constrain_batch(mesh, jax.tree.map(lambda *parts: jnp.concatenate(parts), *chosen))
-    context = encode_context(config.dit, params["dit"], stacked.text_embeddings, stacked.image_embeddings)
+    with on_mesh(mesh):
+        context = encode_context(config.dit, params["dit"], stacked.text_embeddings, stacked.image_embeddings)
     state = constrain_batch(mesh, start(noise, config.sampling.solver))
-    return DiTInputs(stacked, constrain_batch(mesh, context, axis=1)), state, finite
+    return DiTInputs(stacked, context), state, finite
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -543,15 +545,16 @@ def _advance(
     """The solver's steps until `stop`, all branches of guidance in one batch."""
     sampling = config.sampling
     network = velocity_fn(config, dit_params, inputs.conditioning, context=inputs.context)
-    state = advance(
-        lambda latents, timesteps: network(constrain_batch(mesh, latents), timesteps),
-        state,
-        make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift),
-        stop,
-        solver=sampling.solver,
-        guidance=_guidance(config),
-        step_plan=step_plan,
-    )
+    with on_mesh(mesh):
+        state = advance(
+            lambda latents, timesteps: network(constrain_batch(mesh, latents), timesteps),
+            state,
+            make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift),
+            stop,
+            solver=sampling.solver,
+            guidance=_guidance(config),
+            step_plan=step_plan,
+        )
     # As it came: the next call is to find the program of this one.
     return constrain_batch(mesh, state)
 
@@ -615,6 +618,7 @@ def _prepare_batch(
     for name in ("token_ids", "attention_mask", "subject_tokens", "negative_token_ids", "negative_attention_mask"):
         arrays[name] = arrays[name][..., :text_tokens]
     stacked = np.stack([noise[row] for row in chosen])
+    check_equal("what a batch is made of", (arrays, stacked))
     return cases, *shard_batch(mesh, (arrays, stacked))
 
 
@@ -677,8 +681,8 @@ def generate(
     for step in range(num_steps):
         state = _advance(params["dit"], inputs, state, np.int32(step + 1), plan, **static["advance"])
         if return_trajectory:
-            trajectory.append(np.asarray(state.latents)[: len(requests)])
-            velocities.append(np.asarray(state.velocity)[: len(requests)])
+            trajectory.append(on_host(state.latents)[: len(requests)])
+            velocities.append(on_host(state.velocity)[: len(requests)])
         # The device has this step in its queue while the host waits for the one before.
         if step and _report(previous, step - 1, on_step):
             break
@@ -688,18 +692,18 @@ def generate(
     frames, frames_are_finite = _decode(params["vae"], state.latents, **static["decode"])
 
     failures: list[str | None] = [None] * len(requests)
-    failed_step = np.asarray(state.failed_step)
-    checks = {f"the {name.replace('_', ' ')} are not finite": ~np.asarray(ok) for name, ok in finite.items()}
+    failed_step = on_host(state.failed_step)
+    checks = {f"the {name.replace('_', ' ')} are not finite": ~on_host(ok) for name, ok in finite.items()}
     checks |= {
         f"the latents are not finite after step {step + 1} of {num_steps}": failed_step == step
         for step in sorted({int(step) for step in failed_step} - {FINITE})
     }
-    checks["the decoded frames are not finite"] = ~np.asarray(frames_are_finite)
+    checks["the decoded frames are not finite"] = ~on_host(frames_are_finite)
     for failure, has_failed in checks.items():
         failures = [earlier or (failure if has_failed[row] else None) for row, earlier in enumerate(failures)]
     return Result(
-        frames=np.asarray(frames)[: len(requests)],
-        latents=np.asarray(state.latents)[: len(requests)],
+        frames=on_host(frames)[: len(requests)],
+        latents=on_host(state.latents)[: len(requests)],
         cases=tuple(cases),
         failures=tuple(failures),
         trajectory=np.stack(trajectory) if return_trajectory else None,
@@ -709,7 +713,7 @@ def generate(
 
 def _report(state: SamplingState, step: int, on_step: Callable[[int], None] | None) -> bool:
     """Waits for a step and reports it; whether there is no sample left to go on with."""
-    has_failed = np.asarray(state.failed_step) != FINITE
+    has_failed = on_host(state.failed_step) != FINITE
     if on_step is not None:
         on_step(step)
     return bool(has_failed.all())

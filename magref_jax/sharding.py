@@ -9,14 +9,17 @@ All four axes always exist, of size 1 where unused, so that one code path serves
 pjit is `jax.jit` on arrays with these shardings.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -53,7 +56,9 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         raise ValueError(f"mesh={spec!r} means {asked}, which does not use the {len(devices)} devices exactly once.")
     # Auto: in the default, explicit mode Linen layers refuse a contraction over a cut dimension.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    # jax.make_mesh refuses axes that take a part of a torus dimension, such as fsdp=16,context=4 on 8x8 chips.
+    arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=types)
 
 
 # A layer that widens is cut at its output by `tensor`, the one that follows it at its input: between them, no exchange.
@@ -166,10 +171,81 @@ def _batch_shardings(mesh: Mesh, tree: Any, axis: int) -> Any:
 
 
 def shard_batch(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
-    """The arrays on the mesh, their batch dimension over `data` and `fsdp`, whole where these do not divide it."""
-    return tree if mesh is None else jax.device_put(tree, _batch_shardings(mesh, tree, axis))
+    """The arrays on the mesh, their batch dimension over `data` and `fsdp`, whole where these do not divide it.
+
+    Every process gives whole batches, the same ones; see also `distributed.shard_rows`.
+    """
+    if mesh is None:
+        return tree
+    shardings = _batch_shardings(mesh, tree, axis)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    # device_put would have every process send its arrays to all others, to compare them.
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), tree, shardings
+    )
 
 
 def constrain_batch(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
     """As `shard_batch`, inside `jax.jit`."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _batch_shardings(mesh, tree, axis))
+
+
+# The dimensions of activations, and the axes of the mesh that cut them.
+ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),  # of video; a sample's text and image tokens are on every device
+    "heads": ("tensor",),  # also the width that is about to be split into heads
+    "hidden": ("tensor",),  # between the two layers of a feed-forward
+    "width": (),
+    "head_width": (),
+    "layers": (),
+    "frames": (),
+    "text": (),
+}
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """What is traced inside is for arrays on this mesh: `constrain` and the attention of the DiT find it.
+
+    For the body of a function that `jax.jit` traces. `jax.set_mesh` around the call does the same.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `on_mesh` or `jax.set_mesh`; None without one, and where there is nothing to distribute."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def activation_spec(mesh: AbstractMesh, shape: Sequence[int], names: Sequence[str]) -> P:
+    """How the mesh cuts an array with these dimensions; one that does not divide stays whole.
+
+    Raises:
+        KeyError: a name that `ACTIVATION_AXES` does not have.
+        ValueError: not one name per dimension.
+    """
+    if len(shape) != len(names):
+        raise ValueError(f"An array of shape {tuple(shape)} needs a name for each dimension, not {', '.join(names)}.")
+    axes = []
+    for size, name in zip(shape, names, strict=True):
+        group = ACTIVATION_AXES[name]
+        is_cut = group and size % math.prod(mesh.shape[axis] for axis in group) == 0
+        axes.append((group if len(group) > 1 else group[0]) if is_cut else None)
+    return P(*axes)
+
+
+def constrain(x: Array, *names: str) -> Array:
+    """The array, its dimensions cut over the current mesh as `ACTIVATION_AXES` says; itself where there is no mesh.
+
+    Raises:
+        KeyError, ValueError: see `activation_spec`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        for name in names:
+            ACTIVATION_AXES[name]
+        return x
+    spec = activation_spec(mesh, x.shape, names)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

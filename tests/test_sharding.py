@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magref_jax import pipeline
 from magref_jax.config import DiTConfig, ModelConfig
+from magref_jax.models.adapters import LoraConfig, init_lora
 from magref_jax.models.dit import DiT, SubjectInjection
 from magref_jax.sharding import (
     MESH_AXES,
     PARAM_SPECS,
+    activation_spec,
     batch_multiple,
+    constrain,
     make_mesh,
+    on_mesh,
     param_shardings,
     param_specs,
     shard_batch,
@@ -26,7 +30,9 @@ from magref_jax.sharding import (
 
 @functools.cache
 def full_size():
-    return pipeline.abstract_params(ModelConfig())
+    every_layer = LoraConfig(targets=".*")
+    lora = jax.eval_shape(functools.partial(init_lora, ModelConfig().dit, every_layer), jax.random.key(0))
+    return pipeline.abstract_params(ModelConfig()) | {"lora": lora}
 
 
 @pytest.mark.parametrize(
@@ -128,40 +134,71 @@ def test_batch_is_cut_over_data_and_fsdp():
     assert shard_batch(None, arrays) is arrays
 
 
-@pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=4,context=2"])
-def test_a_cut_dit_computes_what_a_whole_one_does(spec):
-    config = DiTConfig(
-        dim=48,
-        ffn_dim=64,
-        num_heads=4,
-        num_layers=2,
-        text_dim=16,
-        text_len=8,
-        image_dim=16,
-        freq_dim=16,
-        dtype="float32",
-        remat="none",
-    )
-    keys = jax.random.split(jax.random.key(0), 6)
-    arguments = {
-        "latents": jax.random.normal(keys[0], (4, 2, 4, 4, 36)),
-        "timesteps": jnp.array([900.0, 500.0, 100.0, 0.0]),
-        "text_embeddings": jax.random.normal(keys[1], (4, 8, 16)),
-        "image_embeddings": jax.random.normal(keys[2], (4, 5, 16)),
-        "subjects": SubjectInjection(jnp.ones((4, 2, 8)), jnp.eye(2, 4)[None].repeat(4, 0)),
-    }
-    forward = jax.jit(lambda params, arguments: DiT(config).apply({"params": params}, **arguments, subject_alpha=1.0))
-    abstract = jax.eval_shape(functools.partial(DiT(config).init, **arguments), jax.random.key(0))["params"]
-    leaves, structure = jax.tree.flatten(abstract)
-    rng = np.random.default_rng(0)
-    params = jax.tree.unflatten(
-        structure, [0.3 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    )
-    expected = forward(params, arguments)
+def test_activations_are_cut_by_the_names_of_their_dimensions():
+    mesh = make_mesh("data=2,context=2,tensor=2").abstract_mesh
+    names = ("batch", "tokens", "heads", "head_width")
+    assert activation_spec(mesh, (4, 6, 4, 12), names) == P(("data", "fsdp"), "context", "tensor", None)
+    # What does not divide stays whole.
+    assert activation_spec(mesh, (3, 6, 5, 12), names) == P(None, "context", None, None)
+    with pytest.raises(ValueError, match=r"shape \(4, 6, 4\) needs a name for each dimension, not batch, tokens"):
+        activation_spec(mesh, (4, 6, 4), names)
 
-    mesh = make_mesh(spec)
-    placed = jax.device_put(params, param_shardings(mesh, params, PARAM_SPECS["dit"]))
-    kernel = placed["blocks"]["feed_forward"]["up"]["kernel"]
-    assert kernel.addressable_shards[0].data.size < kernel.size
-    found = forward(placed, shard_batch(mesh, arguments))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+def test_a_constrained_array_lies_as_its_names_say():
+    mesh = make_mesh("fsdp=2,context=2,tensor=2")
+
+    @jax.jit
+    def twice(x):
+        with on_mesh(mesh):
+            return constrain(2 * x, "batch", "tokens", "hidden")
+
+    out = twice(jax.device_put(np.ones((2, 4, 6), np.float32), NamedSharding(mesh, P())))
+    assert out.sharding.shard_shape(out.shape) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("spec", [None, "context=8"])
+def test_an_unknown_name_of_a_dimension_is_an_error_on_a_mesh_and_without(spec):
+    with on_mesh(None if spec is None else make_mesh(spec)), pytest.raises(KeyError, match="tokes"):
+        constrain(jnp.ones((8, 8)), "batch", "tokes")
+
+
+def dit_program(mesh) -> str:
+    config = DiTConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=2, text_dim=4, text_len=3, image_dim=4, freq_dim=4)
+    shapes = {
+        "latents": (2, 2, 2, 2, 36),
+        "timesteps": (2, 2),
+        "text_embeddings": (2, 3, 4),
+        "image_embeddings": (2, 5, 4),
+    }
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    subjects = SubjectInjection(
+        jax.ShapeDtypeStruct((2, 1, 3), jnp.float32), jax.ShapeDtypeStruct((2, 1, 1), jnp.float32)
+    )
+
+    def forward(key, inputs, subjects):
+        with on_mesh(mesh):
+            return DiT(config).init_with_output(key, **inputs, subjects=subjects, subject_alpha=1.0)
+
+    return str(jax.make_jaxpr(forward)(jax.random.key(0), inputs, subjects))
+
+
+def test_one_device_computes_nothing_that_is_for_many():
+    alone = dit_program(None)
+    assert dit_program(make_mesh("", jax.devices()[:1])) == alone
+    on_many = dit_program(make_mesh("fsdp=2,context=2,tensor=2"))
+    for operation in ("sharding_constraint", "shard_map"):
+        assert operation in on_many
+        assert operation not in alone
+
+
+def test_a_program_of_one_mesh_is_not_taken_for_another():
+    @jax.jit
+    def twice(x):
+        return constrain(2 * x, "batch", "tokens")
+
+    shapes = []
+    for spec in ("data=8", "data=2,context=4", "data=8"):
+        with jax.set_mesh(make_mesh(spec)):
+            out = twice(jax.device_put(np.ones((8, 8)), NamedSharding(make_mesh(spec), P())))
+        shapes.append(out.sharding.shard_shape(out.shape))
+    assert shapes == [(1, 8), (4, 2), (1, 8)]

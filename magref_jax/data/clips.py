@@ -8,6 +8,7 @@ N frames of a clip · F latent frames · h/w latent height, width · T text toke
 
 import bisect
 import dataclasses
+import functools
 import io
 import itertools
 import sys
@@ -399,24 +400,29 @@ def reference_counts(source: Source) -> Sequence[int]:
 
 
 Make = Callable[[ClipRecord, np.random.Generator], Arrays]
+Rows = Callable[[int], Sequence[int]]  # from the size of a global batch to the rows that this process reads
+
+
+def _block(index: int, count: int, batch_size: int) -> range:
+    if batch_size % count:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of process_count={count}.")
+    return range(batch_size * index // count, batch_size * (index + 1) // count)
 
 
 class _Reader:
     """Global batches by their number, the rows of one process: what Grain's threads read."""
 
-    def __init__(self, source: Source, schedule: Schedule, make: Make, seed: int, process: int, processes: int) -> None:
-        self._source, self._schedule, self._make, self._seed = source, schedule, make, seed
-        self._process, self._processes = process, processes
+    def __init__(self, source: Source, schedule: Schedule, make: Make, seed: int, rows: Rows) -> None:
+        self._source, self._schedule, self._make, self._seed, self._rows = source, schedule, make, seed, rows
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         phase, numbers = self._schedule[index]
-        local = phase.batch_size // self._processes
-        first = local * self._process
         names, rows = [], []
-        for row, number in enumerate(numbers[first : first + local], start=first):
+        for row in self._rows(phase.batch_size):
+            number = numbers[row]
             name = f"record {number} of the source"
             try:
                 record = self._source[number]
@@ -465,6 +471,7 @@ class Batches:
         seed: Of the order and of everything that `make` draws.
         process_index: Which rows to read.
         process_count: Divides every `batch_size`.
+        rows: In place of these two: which rows to read of a batch of so many, such as `distributed.BatchShare.rows`.
         num_threads: That read and make batches; 0 does it in the caller's.
         prefetch: Batches that are made ahead, with `num_workers` those of each worker.
         num_workers: Processes to read in, where Python code in threads is too slow; source and `make` are pickled.
@@ -483,20 +490,21 @@ class Batches:
         *,
         process_index: int = 0,
         process_count: int = 1,
+        rows: Rows | None = None,
         num_threads: int = 4,
         prefetch: int = 4,
         num_workers: int = 0,
     ) -> None:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}.")
+        rows = functools.partial(_block, process_index, process_count) if rows is None else rows
         for number, phase in enumerate(phases):
-            if phase.batch_size % process_count:
-                raise ValueError(
-                    f"phase {number}: batch_size={phase.batch_size} must be a multiple of "
-                    f"process_count={process_count}."
-                )
+            try:
+                rows(phase.batch_size)
+            except ValueError as error:
+                raise ValueError(f"phase {number}: {error}") from None
         self.schedule = Schedule(source, phases, seed)
-        self._reader = _Reader(source, self.schedule, make, seed, process_index, process_count)
+        self._reader = _Reader(source, self.schedule, make, seed, rows)
         self._identity = {
             "source": source.fingerprint,
             "seed": seed,

@@ -40,11 +40,25 @@ FULL = AttentionStructure("full")
 
 
 @dataclasses.dataclass(frozen=True)
+class OfSomeKeys:
+    """Attention to a part of the keys, such that the parts can be put together.
+
+    forward(query, key, value, bias, scale) -> out [B Q N K], and the logarithm of the denominators of the softmax [B N Q].
+    backward(query, key, value, bias, scale, out, log_total, cotangent) -> gradients of query, key and value, where `out` and
+    `log_total` are of all keys and the gradients of these. A bias has no gradient; it may hide all keys with a large number.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Implementation:
     """A function of (query, key, value, bias, scale), and the kinds of structure that it computes."""
 
     function: Callable[..., Array]
     structures: frozenset[str] = frozenset({"full"})
+    of_some_keys: OfSomeKeys | None = None  # what a ring of devices needs
 
 
 def _jax(name: Literal["xla", "cudnn"]) -> Callable[[Array, Array, Array, Array | None, float], Array]:
@@ -79,10 +93,31 @@ def _blockwise(query: Array, key: Array, value: Array, bias: Array | None, scale
 
 
 def _cpu(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (query.shape[0], query.shape[2], bias.shape[2], key.shape[1]))
-        bias = rearrange(bias, "b n q s -> (b n) q s")
-    return _attend(scale, query, key, value, bias)
+    return _attend(scale, query, key, value, _bias_heads_first(bias, query, key))
+
+
+def _some_keys_forward(
+    query: Array, key: Array, value: Array, bias: Array | None, scale: float
+) -> tuple[Float[Array, "B Q N K"], Float[Array, "B N Q"]]:
+    num_heads, bias = query.shape[2], _bias_heads_first(bias, query, key)
+    query, key, value = (_heads_first(array) for array in (query, key, value))
+    out, log_total = _forward_by_heads(scale, query, key, value, bias)
+    return _heads_last(out, num_heads), rearrange(log_total, "(b n) q -> b n q", n=num_heads)
+
+
+def _some_keys_backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    scale: float,
+    out: Float[Array, "B Q N K"],
+    log_total: Float[Array, "B N Q"],
+    cotangent: Float[Array, "B Q N K"],
+) -> tuple[Float[Array, "B Q N K"], Float[Array, "B S N K"], Float[Array, "B S N K"]]:
+    bias, log_total = _bias_heads_first(bias, query, key), rearrange(log_total, "b n q -> (b n) q")
+    query, key, value, out = (_heads_first(array) for array in (query, key, value, out))
+    return _attend_backward(scale, (query, key, value, bias, out, log_total), cotangent)[:3]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,6 +142,19 @@ def _attend_forward(
 ) -> tuple[Array, tuple[Array | None, ...]]:
     num_heads = query.shape[2]
     query, key, value = (_heads_first(array) for array in (query, key, value))
+    out, log_total = _forward_by_heads(scale, query, key, value, bias)
+    # Named, so that a remat policy keeps them: without one of them all of this would be computed again.
+    out, log_total = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_total, ATTENTION_OUT)
+    return _heads_last(out, num_heads), (query, key, value, bias, out, log_total)
+
+
+def _forward_by_heads(
+    scale: float,
+    query: Float[Array, "H Q K"],
+    key: Float[Array, "H S K"],
+    value: Float[Array, "H S K"],
+    bias: Float[Array, "H #Q S"] | None,
+) -> tuple[Float[Array, "H Q K"], Float[Array, "H Q"]]:
     num_queries = query.shape[1]
 
     def group(of_heads: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array]:
@@ -115,10 +163,7 @@ def _attend_forward(
         out, log_total = lax.map(lambda block: _forward(scale, block[0], key, value, block[1]), blocks)
         return _join(out, num_queries), _join(log_total, num_queries)
 
-    out, log_total = _by_heads(group, (query, key, value, bias))
-    # Named, so that a remat policy keeps them: without one of them all of this would be computed again.
-    out, log_total = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_total, ATTENTION_OUT)
-    return _heads_last(out, num_heads), (query, key, value, bias, out, log_total)
+    return _by_heads(group, (query, key, value, bias))
 
 
 def _attend_backward(
@@ -278,21 +323,41 @@ def _heads_first(x: Float[Array, "B L N K"]) -> Float[Array, "B*N L K"]:
     return _row_major(rearrange(x, "b l n k -> (b n) l k"))
 
 
+def _bias_heads_first(
+    bias: Float[Array, "#B #N #Q #S"] | None, query: Float[Array, "B Q N K"], key: Float[Array, "B S N K"]
+) -> Float[Array, "B*N #Q S"] | None:
+    if bias is None:
+        return None
+    bias = jnp.broadcast_to(bias, (query.shape[0], query.shape[2], bias.shape[2], key.shape[1]))
+    return rearrange(bias, "b n q s -> (b n) q s")
+
+
 def _heads_last(x: Float[Array, "B*N L K"], num_heads: int) -> Float[Array, "B L N K"]:
     return rearrange(x, "(b n) l k -> b l n k", n=num_heads)
+
+
+_LEAN = OfSomeKeys(_some_keys_forward, _some_keys_backward)
+
+
+def _splash(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> Array:
+    """The TPU's kernel; its modules take a second to import, which no other platform needs to spend."""
+    from magref_jax.models.splash import splash_attention
+
+    return splash_attention(query, key, value, bias, scale, residual_name=ATTENTION_OUT)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_jax("xla")),
     "cudnn": Implementation(_jax("cudnn")),  # Nvidia GPUs, bfloat16 or float16
+    "splash": Implementation(_splash),  # TPUs
     "reference": Implementation(_reference),
-    "cpu": Implementation(_cpu),  # fast there, forward and backward, and lean
-    "blockwise": Implementation(_blockwise),  # lean anywhere; batch and heads may be sharded
+    "cpu": Implementation(_cpu, of_some_keys=_LEAN),  # fast there, forward and backward, and lean
+    "blockwise": Implementation(_blockwise, of_some_keys=_LEAN),  # lean anywhere; batch and heads may be sharded
 }
 
 
 # What "auto" means, by platform; "blockwise" elsewhere.
-AUTO = {"cpu": "cpu", "gpu": "cudnn"}
+AUTO = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}
 
 
 def automatic(dtype: DTypeLike) -> str:
@@ -300,6 +365,17 @@ def automatic(dtype: DTypeLike) -> str:
     name = AUTO.get(jax.default_backend(), "blockwise")
     # cuDNN's takes 16-bit numbers alone.
     return "blockwise" if name == "cudnn" and jnp.dtype(dtype).itemsize > 2 else name
+
+
+def find_implementation(name: str) -> Implementation:
+    """Of this name, which is not "auto".
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; there are auto, {', '.join(IMPLEMENTATIONS)}.")
+    return IMPLEMENTATIONS[name]
 
 
 def dot_product_attention(
@@ -321,9 +397,7 @@ def dot_product_attention(
         NotImplementedError: the implementation does not compute this structure.
     """
     implementation = automatic(query.dtype) if implementation == "auto" else implementation
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is unknown; there are auto, {', '.join(IMPLEMENTATIONS)}.")
-    chosen = IMPLEMENTATIONS[implementation]
+    chosen = find_implementation(implementation)
     if structure.kind not in chosen.structures:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot compute structure {structure.kind!r}, "

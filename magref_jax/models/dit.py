@@ -12,14 +12,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from magref_jax.config import DiTConfig
-from magref_jax.models.attention import FULL, AttentionStructure, dot_product_attention
+from magref_jax.models.attention import FULL, AttentionStructure
+from magref_jax.models.context_parallel import cross_attention, self_attention
 from magref_jax.models.layers import (
     LORA,
     REMAT,
@@ -30,6 +32,7 @@ from magref_jax.models.layers import (
     rotate,
     timestep_embedding,
 )
+from magref_jax.sharding import constrain, current_mesh
 
 Rotations = tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
 
@@ -58,18 +61,31 @@ class Context:
     image: KeysValues | None
 
 
+@struct.dataclass
+class VideoTokens:
+    """What the tokens of all layers have in common."""
+
+    rotations: Rotations
+    number: int = struct.field(pytree_node=False)  # without the padding that makes a mesh divide them
+    frames: Int[Array, "L"] | None = None  # of each token, on a mesh that cuts them, if frames differ in their timestep
+
+
 SMALL = nn.initializers.normal(0.02)
 
 
 def modulate(
-    x: Float[Array, "B L D"], shift: Float[Array, "B G D"], scale: Float[Array, "B G D"]
+    x: Float[Array, "B L D"], shift: Float[Array, "B G D"], scale: Float[Array, "B G D"], tokens: VideoTokens
 ) -> Float[Array, "B L D"]:
     """Gives x · (1 + scale) + shift."""
-    return x * (1 + per_token(scale, x)) + per_token(shift, x)
+    return x * (1 + per_token(scale, x, tokens)) + per_token(shift, x, tokens)
 
 
-def per_token(modulation: Float[Array, "B G D"], x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+def per_token(
+    modulation: Float[Array, "B G D"], x: Float[Array, "B L D"], tokens: VideoTokens
+) -> Float[Array, "B L D"]:
     """Gives every token the modulation of its latent frame, or of the clip."""
+    if tokens.frames is not None:  # a device looks up its own; repeated, all would be made and cut afterwards
+        return constrain(jnp.take(modulation, tokens.frames, axis=1), "batch", "tokens", "width")
     return repeat(modulation, "b g d -> b (g tokens) d", tokens=x.shape[1] // modulation.shape[1])
 
 
@@ -87,8 +103,18 @@ def inject_subjects(
     """Adds alpha · Σ_s region_s ⊙ v_s to latent frame 0, v_s the mean text value of subject s. arXiv:2505.23742."""
     count = jnp.maximum(jnp.sum(subjects.tokens, axis=-1, keepdims=True), 1)
     subject_value = jnp.einsum("bst,btd->bsd", subjects.tokens / count, text_value, preferred_element_type=jnp.float32)
-    change = jnp.einsum("bsl,bsd->bld", subjects.regions, subject_value, preferred_element_type=jnp.float32)
-    return x.at[:, : change.shape[1]].add(alpha * change)
+    subject_value = constrain(subject_value, "batch", "text", "width")  # values are cut, what x is made of is not
+    regions = subjects.regions
+    if is_cut := _tokens_are_cut():  # every device adds its own, zeros beyond frame 0; a part of x would be gathered
+        regions = jnp.pad(regions, [(0, 0), (0, 0), (0, x.shape[1] - regions.shape[2])])
+        regions = constrain(regions, "batch", "text", "tokens")
+    change = jnp.einsum("bsl,bsd->bld", regions, subject_value, preferred_element_type=jnp.float32)
+    return x + alpha * change if is_cut else x.at[:, : change.shape[1]].add(alpha * change)
+
+
+def _tokens_are_cut() -> bool:
+    mesh = current_mesh()
+    return mesh is not None and mesh.shape["context"] > 1
 
 
 class SelfAttention(nn.Module):
@@ -96,21 +122,25 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], rotations: Rotations, structure: AttentionStructure
+        self, x: Float[Array, "B L D"], tokens: VideoTokens, structure: AttentionStructure
     ) -> Float[Array, "B L D"]:
         cfg = self.config
+        query, key, value = (
+            constrain(Linear(cfg.dim, cfg.dtype, name=name)(x), "batch", "tokens", "heads")
+            for name in ("query", "key", "value")
+        )
         # Query and key are normalised over the whole width, before it is split into heads.
-        query = RMSNorm(cfg.norm_eps, name="query_norm")(Linear(cfg.dim, cfg.dtype, name="query")(x))
-        key = RMSNorm(cfg.norm_eps, name="key_norm")(Linear(cfg.dim, cfg.dtype, name="key")(x))
-        value = Linear(cfg.dim, cfg.dtype, name="value")(x)
-        out = dot_product_attention(
-            rotate(split_heads(query, cfg), rotations).astype(cfg.dtype),
-            rotate(split_heads(key, cfg), rotations).astype(cfg.dtype),
+        query, key = RMSNorm(cfg.norm_eps, name="query_norm")(query), RMSNorm(cfg.norm_eps, name="key_norm")(key)
+        out = self_attention(
+            rotate(split_heads(query, cfg), tokens.rotations).astype(cfg.dtype),
+            rotate(split_heads(key, cfg), tokens.rotations).astype(cfg.dtype),
             split_heads(value, cfg),
             structure=structure,
             implementation=cfg.attention,
+            context_parallel=cfg.context_parallel,
+            num_tokens=tokens.number,
         )
-        return Linear(cfg.dim, cfg.dtype, name="out")(merge_heads(out))
+        return constrain(Linear(cfg.dim, cfg.dtype, name="out")(merge_heads(out)), "batch", "tokens", "width")
 
 
 def embed_context(
@@ -119,14 +149,17 @@ def embed_context(
     image_embeddings: Float[Array, "B I image_dim"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B I D"] | None]:
     """The layers in front of the blocks, of the module that is calling."""
+    # Left to itself, XLA (of jax 0.10.2) cuts these so that on data=2,fsdp=2,tensor=2 the gradient of text_out is wrong.
     text = Linear(config.dim, config.dtype, SMALL, name="text_in")(text_embeddings)
-    text = Linear(config.dim, config.dtype, SMALL, name="text_out")(nn.gelu(text, approximate=True))
+    text = nn.gelu(constrain(text, "batch", "text", "hidden"), approximate=True)
+    text = constrain(Linear(config.dim, config.dtype, SMALL, name="text_out")(text), "batch", "text", "width")
     image = image_embeddings
     if config.image_dim is not None:
         # The reference projects image tokens with its own epsilon and the exact GELU, unlike everything else here.
         image = LayerNorm(1e-5, name="image_in_norm")(image)
-        image = nn.gelu(Linear(config.image_dim, config.dtype, name="image_in")(image), approximate=False)
-        image = LayerNorm(1e-5, name="image_out_norm")(Linear(config.dim, config.dtype, name="image_out")(image))
+        image = constrain(Linear(config.image_dim, config.dtype, name="image_in")(image), "batch", "text", "hidden")
+        image = Linear(config.dim, config.dtype, name="image_out")(nn.gelu(image, approximate=False))
+        image = LayerNorm(1e-5, name="image_out_norm")(constrain(image, "batch", "text", "width"))
     return text, image
 
 
@@ -154,19 +187,19 @@ class CrossAttention(nn.Module):
         text_bias: Float[Array, "T"] | None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B T D"]]:
         cfg = self.config
-        query = RMSNorm(cfg.norm_eps, name="query_norm")(Linear(cfg.dim, cfg.dtype, name="query")(x))
-        query = split_heads(query, cfg).astype(cfg.dtype)
+        query = constrain(Linear(cfg.dim, cfg.dtype, name="query")(x), "batch", "tokens", "heads")
+        query = split_heads(RMSNorm(cfg.norm_eps, name="query_norm")(query), cfg).astype(cfg.dtype)
 
         def attend(context: Array | KeysValues, suffix: str, bias: Array | None) -> tuple[Array, Array]:
             context = context if isinstance(context, KeysValues) else keys_values(cfg, context, suffix)
             key, value = split_heads(context.key, cfg), split_heads(context.value, cfg)
-            out = dot_product_attention(query, key, value, bias=bias, implementation=cfg.attention)
+            out = cross_attention(query, key, value, bias=bias, implementation=cfg.attention)
             return merge_heads(out), context.value
 
         out, text_value = attend(text, "", None if text_bias is None else text_bias[None, None, None])
         if image is not None:
             out += attend(image, IMAGE, None)[0]
-        return Linear(cfg.dim, cfg.dtype, name="out")(out), text_value
+        return constrain(Linear(cfg.dim, cfg.dtype, name="out")(out), "batch", "tokens", "width"), text_value
 
 
 class FeedForward(nn.Module):
@@ -175,8 +208,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         cfg = self.config
-        x = nn.gelu(Linear(cfg.ffn_dim, cfg.dtype, name="up")(x), approximate=True)
-        return Linear(cfg.dim, cfg.dtype, name="down")(x)
+        x = constrain(Linear(cfg.ffn_dim, cfg.dtype, name="up")(x), "batch", "tokens", "hidden")
+        x = nn.gelu(x, approximate=True)
+        return constrain(Linear(cfg.dim, cfg.dtype, name="down")(x), "batch", "tokens", "width")
 
 
 class Block(nn.Module):
@@ -196,7 +230,7 @@ class Block(nn.Module):
         image: Float[Array, "B I D"] | None,
         text_bias: Float[Array, "T"] | None,
         time_modulation: Float[Array, "B G 6 D"],
-        rotations: Rotations,
+        tokens: VideoTokens,
         subjects: SubjectInjection | None,
         subject_alpha: float | Array,
         structure: AttentionStructure,
@@ -208,9 +242,9 @@ class Block(nn.Module):
         )
 
         y = LayerNorm(cfg.norm_eps, affine=False, name="self_attention_norm")(x)
-        y = modulate(y, shift_attention, scale_attention)
-        y = SelfAttention(cfg, name="self_attention")(y, rotations, structure)
-        x = x + y * per_token(gate_attention, x)
+        y = modulate(y, shift_attention, scale_attention, tokens)
+        y = SelfAttention(cfg, name="self_attention")(y, tokens, structure)
+        x = x + y * per_token(gate_attention, x, tokens)
 
         y = LayerNorm(cfg.norm_eps, name="cross_attention_norm")(x)
         seen = (text, image) if context is None else (context.text, context.image)
@@ -220,9 +254,9 @@ class Block(nn.Module):
             x = inject_subjects(x, text_value, subjects, subject_alpha)
 
         y = LayerNorm(cfg.norm_eps, affine=False, name="feed_forward_norm")(x)
-        y = modulate(y, shift_feed_forward, scale_feed_forward)
+        y = modulate(y, shift_feed_forward, scale_feed_forward, tokens)
         y = FeedForward(cfg, name="feed_forward")(y)
-        return x + y * per_token(gate_feed_forward, x), None
+        return constrain(x + y * per_token(gate_feed_forward, x, tokens), "batch", "tokens", "width"), None
 
 
 class Head(nn.Module):
@@ -231,12 +265,14 @@ class Head(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], time: Float[Array, "B G D"]) -> Float[Array, "B L P"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], time: Float[Array, "B G D"], tokens: VideoTokens
+    ) -> Float[Array, "B L P"]:
         cfg = self.config
         modulation = self.param("modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim), jnp.float32)
         # The blocks are modulated by a projection of the time embedding, the head by the embedding itself.
         shift, scale = jnp.moveaxis(modulation + time[:, :, None], -2, 0)
-        x = modulate(LayerNorm(cfg.norm_eps, affine=False, name="norm")(x), shift, scale)
+        x = modulate(LayerNorm(cfg.norm_eps, affine=False, name="norm")(x), shift, scale, tokens)
         features = cfg.out_channels * cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
         return Linear(features, jnp.float32, nn.initializers.zeros, name="out")(x)
 
@@ -277,7 +313,8 @@ class ContextEncoder(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.num_layers,
         )(cfg, name="blocks")
-        return blocks(None, *embed_context(cfg, text_embeddings, image_embeddings))[1]
+        context = blocks(None, *embed_context(cfg, text_embeddings, image_embeddings))[1]
+        return jax.tree.map(lambda leaf: constrain(leaf, "layers", "batch", "text", "heads"), context)
 
 
 def encode_context(
@@ -341,18 +378,30 @@ class DiT(nn.Module):
         p, q, r = cfg.patch_size
         grid = (latents.shape[1] // p, latents.shape[2] // q, latents.shape[3] // r)
         x = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) (p q r c)", p=p, q=q, r=r)
+        x = constrain(_pad_tokens(x, 1), "batch", "tokens", "width")
         x = Linear(cfg.dim, cfg.dtype, name="patch_embedding")(x).astype(jnp.float32)
+        x = constrain(x, "batch", "tokens", "width")
         positions = range(grid[0]) if frame_positions is None else frame_positions
         if len(positions) != grid[0]:
             raise ValueError(
                 f"frame_positions={tuple(positions)} must have one entry per latent frame, here {grid[0]}."
             )
-        rotations = rotary_rotations(positions, range(grid[1]), range(grid[2]), cfg.head_dim, cfg.rope_theta)
+        cos, sin = (
+            constrain(_pad_tokens(table, 0), "tokens", "head_width")
+            for table in rotary_rotations(positions, range(grid[1]), range(grid[2]), cfg.head_dim, cfg.rope_theta)
+        )
+        frames = None
+        if timesteps.ndim == 2 and _tokens_are_cut():
+            frames = constrain(_pad_tokens(jnp.repeat(jnp.arange(grid[0]), grid[1] * grid[2]), 0), "tokens")
+        tokens = VideoTokens((cos, sin), math.prod(grid), frames)
 
         time = timestep_embedding(timesteps.reshape(timesteps.shape[0], -1), cfg.freq_dim)
-        time = Linear(cfg.dim, jnp.float32, SMALL, name="time_in")(time)
+        time = constrain(Linear(cfg.dim, jnp.float32, SMALL, name="time_in")(time), "batch", "frames", "hidden")
         time = Linear(cfg.dim, jnp.float32, SMALL, name="time_out")(nn.silu(time))
+        time = constrain(time, "batch", "frames", "width")
         time_modulation = Linear(6 * cfg.dim, jnp.float32, name="time_modulation")(nn.silu(time))
+        # A cut of its kernel would become one of everything that is modulated.
+        time_modulation = constrain(time_modulation, "batch", "frames", "width")
         time_modulation = rearrange(time_modulation, "b g (six d) -> b g six d", six=6)
 
         text = image = text_bias = None
@@ -369,13 +418,18 @@ class DiT(nn.Module):
             in_axes=(per_layer, *[of_all] * 8),
             length=cfg.num_layers,
         )(cfg, name="blocks")
-        x, _ = blocks(
-            x, context, text, image, text_bias, time_modulation, rotations, subjects, subject_alpha, structure
-        )
+        x, _ = blocks(x, context, text, image, text_bias, time_modulation, tokens, subjects, subject_alpha, structure)
 
-        x = Head(cfg, name="head")(x, time)
+        x = Head(cfg, name="head")(x, time, tokens)[:, : tokens.number]
         f, h, w = grid
         return rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+def _pad_tokens(x: Array, axis: int) -> Array:
+    """With zeros, to a number that the current mesh divides."""
+    mesh = current_mesh()
+    padding = 0 if mesh is None else -x.shape[axis] % mesh.shape["context"]
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)]) if padding else x
 
 
 def _check_context(

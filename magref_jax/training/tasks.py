@@ -28,9 +28,10 @@ from magref_jax.data import clips, emoji_clips, emoji_tokenizer, emoji_world
 from magref_jax.data.emoji_records import EmojiSource
 from magref_jax.data.precompute import encode_batch, precompute
 from magref_jax.data.records import ClipRecord, Source, open_records
+from magref_jax.distributed import batch_share, on_first, on_host, shard_rows
 from magref_jax.models import vae
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
-from magref_jax.sharding import PARAM_SPECS, ParamSpecs, param_shardings, shard_batch
+from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, param_shardings, shard_batch
 from magref_jax.training.config import DiTTask, EmojiData, TrainConfig, VAEPhase, VAETask
 from magref_jax.training.monitor import Work, dit_work
 from magref_jax.training.objective import Batch, Null, flow_matching, reconstruction, velocity_error
@@ -89,31 +90,29 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     compute = dataclasses.replace(model, dit=dataclasses.replace(model.dit, **in_training))
     tokenizer = pipeline.load_tokenizer(task.folder)
     training_clips, validation_clips = open_sources(task, config.seed)
+
+    def arrays(record: ClipRecord, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if record.cases:
+            return clips.choose_case(record, rng, model.dit.text_len)
+        target = task.objective.first_frame_target
+        return clips.example_arrays(clips.make_example(model, tokenizer, record, rng, task.choice, target))
+
+    # What cannot be trained is refused before weights are read: batches that cannot be filled, records that do not fit.
+    batches = open_batches(training_clips, task, arrays, config.seed, mesh)
+    arrays(training_clips[0], np.random.default_rng(0))
     abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
+    check_trainable(task, model, abstract["dit"])
     abstract = {name: tree for name, tree in abstract.items() if name != "dit" or task.start == "folder"}
     _, params = checkpoint.restore_model(task.folder, abstract)
     if task.start == "random":
         params["dit"] = init_random(model, mesh, config.seed)
     dit = params.pop("dit")
-    encoders = pipeline.encoders(model, params)
-    make = functools.partial(
-        clips.make_example,
-        model,
-        tokenizer,
-        choice=task.choice,
-        first_frame_target=task.objective.first_frame_target,
-    )
-
-    def arrays(record: ClipRecord, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        if record.cases:
-            return clips.choose_case(record, rng, model.dit.text_len)
-        return clips.example_arrays(make(record, rng))
 
     encode = jax.jit(functools.partial(encode_batch, model))
 
-    def prepare(host: dict[str, Any]) -> Batch:
+    def prepare(host: dict[str, Any], place: Callable[[Mesh, Any], Any] = shard_rows) -> Batch:
         positions = tuple(host["frame_positions"])
-        batch = shard_batch(mesh, {name: value for name, value in host.items() if name != "frame_positions"})
+        batch = place(mesh, {name: value for name, value in host.items() if name != "frame_positions"})
         if "frames" in batch:
             batch = {**encode(params, batch), "subject_cells": batch["subject_cells"]}
             chosen = jnp.array(positions)
@@ -133,29 +132,27 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
             seed=config.seed,
             mesh=mesh,
         )
-    batches = clips.Batches(
-        training_clips,
-        task.phases,
-        arrays,
-        config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    null = blank_conditioning(model, tokenizer, encoders)
+        batches = open_batches(training_clips, task, arrays, config.seed, mesh)
+    null = blank_conditioning(model, tokenizer, params)
     trained, rest, specs, join, export = choose_trainable(task, config, model, mesh, dit, out)
 
     def loss(trained: Params, frozen: Any, batch: Batch, keys: Array) -> Any:
         dit, lora = join(trained, frozen["dit"])
-        return flow_matching(compute, task.objective, dit, lora, frozen["null"], batch, keys)
+        with on_mesh(mesh):
+            return flow_matching(compute, task.objective, dit, lora, frozen["null"], batch, keys)
 
-    fixed = validation_batches(validation_clips, arrays, prepare, config.seed)
+    # Every process makes all of the fixed set, which may be smaller than the mesh.
+    prepare_whole = functools.partial(prepare, place=shard_batch)
+    fixed = [] if validation_clips is None else validation_batches(validation_clips, arrays, prepare_whole, config.seed)
 
     @jax.jit
     def level_errors(trained: Params, frozen: Any, batch: Batch, sigma: Array) -> Any:
         dit, lora = join(trained, frozen["dit"])
         size = len(batch.clean_latents)
         keys = jax.random.split(jax.random.key(config.seed), size)
-        return velocity_error(compute, task.objective, dit, lora, batch, jnp.full(size, sigma), keys)["loss_video"]
+        with on_mesh(mesh):
+            sums = velocity_error(compute, task.objective, dit, lora, batch, jnp.full(size, sigma), keys)
+        return sums["loss_video"]
 
     frozen = {"dit": rest, "null": null}
 
@@ -166,16 +163,16 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
             levels[f"{sigma:g}"] = float(sum(total for total, _ in sums) / sum(count for _, count in sums))
         return {"validation_loss": float(np.mean(list(levels.values()))), "validation_loss_by_sigma": levels}
 
-    def sample(trained: Params) -> Samples:
+    def sample(source: Source, trained: Params) -> Samples:
         dit, _ = join(trained, rest)
         if isinstance(task.trainable, LoraConfig):
-            dit = apply_loras(dit, [(trained_lora(trained, task.trainable, model.dit), 1.0)])
+            dit = apply_loras(dit, [(trained_lora(on_host(trained), task.trainable, model.dit), 1.0)])
         sampled = pipeline.Model(model, params | {"dit": dit}, tokenizer, mesh)
-        return make_samples(sampled, [validation_clips[i] for i in range(min(SAMPLES, len(validation_clips)))])
+        return make_samples(sampled, [source[i] for i in range(min(SAMPLES, len(source)))])
 
     def work(host: dict[str, Any]) -> Work:
         rows, *latents = host["subject_cells"].shape
-        shape = (rows * jax.process_count(), *latents, model.vae.latent_channels)
+        shape = (batch_share(mesh).batch_size(rows), *latents, model.vae.latent_channels)
         return dit_work(model, shape, frozen_kernels=isinstance(task.trainable, LoraConfig))
 
     return Job(
@@ -188,7 +185,7 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
         work=work,
         export=export,
         validate=validate if fixed else None,
-        sample=sample if len(validation_clips) else None,
+        sample=None if validation_clips is None else functools.partial(sample, validation_clips),
         overfit=task.overfit,
     )
 
@@ -207,15 +204,38 @@ def model_config(task: DiTTask) -> ModelConfig:
     )
 
 
-def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source]:
+def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source | None]:
     """Records to train on and to validate on."""
     data = task.data
     if isinstance(data, EmojiData):
+        held_out = data.validation_clips
         return (
             EmojiSource(data.world, "train", seed + 1, data.num_clips),
-            EmojiSource(data.world, "held_out", seed + 1, data.validation_clips),
+            EmojiSource(data.world, "held_out", seed + 1, held_out) if held_out else None,
         )
-    return open_records(data.folders), open_records(data.validation_folders)
+    return open_records(data.folders), open_records(data.validation_folders) if data.validation_folders else None
+
+
+def open_batches(
+    source: Source,
+    task: DiTTask,
+    arrays: Callable[[ClipRecord, np.random.Generator], dict[str, np.ndarray]],
+    seed: int,
+    mesh: Mesh,
+) -> clips.Batches:
+    return clips.Batches(source, task.phases, arrays, seed, rows=batch_share(mesh).rows)
+
+
+def check_trainable(task: DiTTask, model: ModelConfig, abstract_dit: Params) -> None:
+    """Refuses names that no parameter or layer has.
+
+    Raises:
+        ValueError: lists those there are.
+    """
+    if isinstance(task.trainable, LoraConfig):
+        jax.eval_shape(functools.partial(init_lora, model.dit, task.trainable), jax.random.key(0))
+    else:
+        split_params(abstract_dit, task.trainable)
 
 
 def init_random(model: ModelConfig, mesh: Mesh, seed: int) -> Params:
@@ -239,7 +259,8 @@ def choose_trainable(
 
         def write(trained: Params) -> str:
             file = out / "lora.safetensors"
-            write_lora(file, trained_lora(trained, lora_config, model.dit), "original")
+            finished = trained_lora(on_host(trained), lora_config, model.dit)
+            on_first(lambda: write_lora(file, finished, "original"))
             return f"wrote {file}; next: python sample.py --model {task.folder} --lora {file}"
 
         return lora, dit, PARAM_SPECS["lora"], lambda lora, dit: (dit, scale_lora(lora_config, lora)), write
@@ -248,7 +269,7 @@ def choose_trainable(
 
     def write_model(trained: Params) -> str:
         folder = out / "model"
-        copy_networks(task.folder, folder, but="dit")
+        on_first(lambda: copy_networks(task.folder, folder, but="dit"))
         checkpoint.save_model(folder, model, {"dit": join_params(trained, rest)}, config.save_dtype)
         return f"wrote {folder}; next: python sample.py --model {folder}"
 
@@ -271,7 +292,7 @@ def as_batch(arrays: dict[str, Array], frame_positions: tuple[int, ...]) -> Batc
     return Batch(clean, cells, Conditioning(**arrays), frame_positions)
 
 
-def blank_conditioning(model: ModelConfig, tokenizer: Any, encoders: Any) -> Null:
+def blank_conditioning(model: ModelConfig, tokenizer: Any, params: dict[str, Params]) -> Null:
     """No prompt and an empty canvas, in the model's own size."""
     sampling = model.sampling
     blank = prepare_case(
@@ -284,8 +305,8 @@ def blank_conditioning(model: ModelConfig, tokenizer: Any, encoders: Any) -> Nul
         width=sampling.width,
         num_subjects=1,
     )
-    encode = jax.jit(lambda arrays: encode_cases(encoders, arrays, sampling.num_frames))
-    conditioning = jax.tree.map(lambda leaf: leaf[0], encode(stack_cases([blank])))
+    encode = jax.jit(lambda params, arrays: encode_cases(pipeline.encoders(model, params), arrays, sampling.num_frames))
+    conditioning = jax.tree.map(lambda leaf: leaf[0], encode(params, stack_cases([blank])))
     return Null(conditioning.text_embeddings, conditioning.reference_latents, conditioning.image_embeddings)
 
 
@@ -370,10 +391,13 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     key = jax.random.key(config.seed)
     if task.folder is None:
         vocabulary = emoji_world.vocabulary(task.data.world)
-        vocab_size = emoji_tokenizer.build_tokenizer(vocabulary, out / "model" / "tokenizer", model.dit.text_len)
+        tokenizer = out / "model" / "tokenizer"
+        vocab_size = on_first(lambda: emoji_tokenizer.build_tokenizer(vocabulary, tokenizer, model.dit.text_len))
         text_encoder = dataclasses.replace(model.text_encoder, vocab_size=vocab_size)
         model = dataclasses.replace(model, text_encoder=text_encoder)
-        params = jax.jit(lambda key: pipeline.init_params(model, key))(key)
+        abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params = jax.jit(functools.partial(pipeline.init_params, model), out_shardings=shardings)(key)
     else:
         model = load_model_config(task.folder)
         abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only=("vae",)))
@@ -399,13 +423,15 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     def export(trained: Params) -> str:
         folder, vae_params = out / "model", join_params(trained, rest)
         if task.folder is not None:
-            copy_networks(task.folder, folder, but="vae")
+            on_first(lambda: copy_networks(task.folder, folder, but="vae"))
             checkpoint.save_model(folder, model, {"vae": vae_params}, config.save_dtype)
         else:
             # The DiT works on latents of mean 0 and deviation 1 per channel.
-            encode = jax.jit(lambda frames: vae.encode(model.vae, vae_params, frames.astype(jnp.float32) / 127.5 - 1))
+            encode = jax.jit(
+                lambda params, frames: vae.encode(model.vae, params, frames.astype(jnp.float32) / 127.5 - 1)
+            )
             some = range(0, min(len(frames), 512), 16)
-            latents = np.concatenate([encode(frames[i : i + 16]) for i in some])
+            latents = np.concatenate([on_host(encode(vae_params, frames[i : i + 16])) for i in some])
             mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
             statistics = {
                 "latent_mean": tuple(map(float, mean.round(4))),

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from magref_jax.models import attention
 from magref_jax.models.attention import FULL, IMPLEMENTATIONS, AttentionStructure, dot_product_attention
 
-ON_ANY_DEVICE = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+ON_ANY_DEVICE = [name for name in IMPLEMENTATIONS if name not in ("cudnn", "splash")]
 LEAN = ("cpu", "blockwise")
 
 # (query, key, bias): batch, tokens, heads, width; bias over batch, heads, queries, keys
