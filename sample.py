@@ -313,7 +313,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     cases = [batches.plan_case(case, run) for case in checked]
     keep = functools.partial(outputs.keep_finished, resume=arguments.resume, overwrite=arguments.overwrite)
     settings = [] if arguments.dry_run else [case.settings for case in cases]
-    kept = checks.attempt(f"--out {arguments.out}", distributed.on_first, lambda: keep(arguments.out, settings))
+    kept = checks.attempt(f"--out {arguments.out}", distributed.on_first, lambda: sorted(keep(arguments.out, settings)))
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
     if kept is None or checks.problems:
@@ -324,7 +324,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
         mesh=mesh or None,
         loras=loras,
         cases=cases,
-        kept=kept,
+        kept=frozenset(kept),
         work=batches.make_batches(cases, arguments.batch_size),
         options={"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan},
     )

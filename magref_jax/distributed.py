@@ -5,11 +5,12 @@ all of them (`check_equal`), what it writes is written once (`on_first`), and wh
 be gathered (`on_host`). With one process all of this is nothing.
 """
 
+import builtins
 import dataclasses
 import functools
 import hashlib
+import json
 import os
-import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -106,30 +107,31 @@ def wait_for_all(name: str) -> None:
 def on_first(function: Callable[[], T]) -> T:
     """What `function` returns in process 0, in all processes; the others do not call it.
 
+    With several processes the value goes through JSON; paths become text.
+
     Raises:
-        Exception: what it raised there, in all processes.
+        Exception: what it raised there, in all processes: of the same class if that is one of Python's own.
     """
     if jax.process_count() == 1:
         return function()
     outcome = _outcome(function) if is_first() else b""
     wait_for_all("process_0_has_done_it")  # collectives of devices wait less long
-    succeeded, value = pickle.loads(_broadcast(outcome))
-    if not succeeded:
-        raise value
-    return value
+    value, error, words = json.loads(_broadcast(outcome))
+    if error is None:
+        return value
+    kind = getattr(builtins, error, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        raise kind(*words)
+    raise RuntimeError(f"{error}: {' '.join(words)}")
 
 
 def _outcome(function: Callable[[], Any]) -> bytes:
-    """Whether a function succeeded, and its value or its exception, pickled."""
+    """The value of a function, or name and words of its exception."""
     try:
-        return pickle.dumps((True, function()))
+        return json.dumps([function(), None, None], default=str).encode()
     except Exception as error:
-        try:
-            contents = pickle.dumps((False, error))
-            pickle.loads(contents)  # which some exceptions do not survive
-        except Exception:
-            contents = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
-        return contents
+        says = all(isinstance(each, str) for each in error.args)
+        return json.dumps([None, type(error).__name__, error.args if says else [str(error)]]).encode()
 
 
 def _broadcast(contents: bytes) -> bytes:

@@ -149,7 +149,9 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation: str):
 
 def test_unknown_implementation_is_an_error_that_lists_the_known():
     query, key, value, _ = attention_inputs()
-    with pytest.raises(ValueError, match=r"'flash' is unknown; there are auto, xla, cudnn, reference, cpu, blockwise"):
+    with pytest.raises(
+        ValueError, match=r"'flash' is unknown; there are auto, xla, cudnn, splash, reference, cpu, blockwise"
+    ):
         dot_product_attention(query, key, value, implementation="flash")
 
 
@@ -160,7 +162,7 @@ def test_unknown_implementation_is_an_error_that_lists_the_known():
         ("cpu", "bfloat16", "cpu"),
         ("gpu", "bfloat16", "cudnn"),
         ("gpu", "float32", "blockwise"),
-        ("tpu", "bfloat16", "blockwise"),
+        ("tpu", "bfloat16", "splash"),
     ],
 )
 def test_auto_is_what_suits_platform_and_dtype(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: str, name: str):
