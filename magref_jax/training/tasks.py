@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -31,7 +31,7 @@ from magref_jax.data.records import ClipRecord, Source, open_records
 from magref_jax.distributed import batch_share, on_first, on_host, shard_rows
 from magref_jax.models import vae
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
-from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, param_shardings, shard_batch
+from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, shard_batch
 from magref_jax.training.config import DiTTask, EmojiData, TrainConfig, VAEPhase, VAETask
 from magref_jax.training.monitor import Work, dit_work
 from magref_jax.training.objective import Batch, Null, flow_matching, reconstruction, velocity_error
@@ -105,7 +105,7 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     abstract = {name: tree for name, tree in abstract.items() if name != "dit" or task.start == "folder"}
     _, params = checkpoint.restore_model(task.folder, abstract)
     if task.start == "random":
-        params["dit"] = init_random(model, mesh, config.seed)
+        params |= init_random(model, mesh, config.seed, only=("dit",))
     dit = params.pop("dit")
 
     encode = jax.jit(functools.partial(encode_batch, model))
@@ -143,7 +143,9 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
 
     # Every process makes all of the fixed set, which may be smaller than the mesh.
     prepare_whole = functools.partial(prepare, place=shard_batch)
-    fixed = [] if validation_clips is None else validation_batches(validation_clips, arrays, prepare_whole, config.seed)
+    fixed: list[Batch] = []
+    if validation_clips is not None and config.events.validation is not None:
+        fixed = validation_batches(validation_clips, arrays, prepare_whole, config.seed)
 
     @jax.jit
     def level_errors(trained: Params, frozen: Any, batch: Batch, sigma: Array) -> Any:
@@ -238,12 +240,12 @@ def check_trainable(task: DiTTask, model: ModelConfig, abstract_dit: Params) -> 
         split_params(abstract_dit, task.trainable)
 
 
-def init_random(model: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """A DiT of random parameters on the mesh."""
-    init = functools.partial(pipeline.init_params, model, only=("dit",))
-    abstract = jax.eval_shape(init, jax.random.key(seed))
-    shardings = {"dit": param_shardings(mesh, abstract["dit"], PARAM_SPECS["dit"])}
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))["dit"]
+def init_random(model: ModelConfig, mesh: Mesh, seed: int, only: Collection[str] = NETWORKS) -> dict[str, Params]:
+    """Networks of random parameters on the mesh."""
+    abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = functools.partial(pipeline.init_params, model, only=only)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 Join = Callable[[Params, Params], tuple[Params, Params | None]]  # (trained, frozen) -> (DiT, LoRA)
@@ -388,23 +390,21 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     task = config.task
     assert isinstance(task, VAETask)
     model = task.model
-    key = jax.random.key(config.seed)
     if task.folder is None:
         vocabulary = emoji_world.vocabulary(task.data.world)
         tokenizer = out / "model" / "tokenizer"
         vocab_size = on_first(lambda: emoji_tokenizer.build_tokenizer(vocabulary, tokenizer, model.dit.text_len))
         text_encoder = dataclasses.replace(model.text_encoder, vocab_size=vocab_size)
         model = dataclasses.replace(model, text_encoder=text_encoder)
-        abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        params = jax.jit(functools.partial(pipeline.init_params, model), out_shardings=shardings)(key)
+        params = init_random(model, mesh, config.seed)
     else:
         model = load_model_config(task.folder)
         abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only=("vae",)))
         _, params = checkpoint.restore_model(task.folder, abstract)
     trained, rest = split_params(params["vae"], task.trainable)
     frames = emoji_clips.render_clips(model, task.data.world, "train", config.seed, task.data.num_clips)
-    held_out = emoji_clips.render_clips(model, task.data.world, "held_out", config.seed, task.data.validation_clips)
+    num_held_out = 0 if config.events.validation is None else task.data.validation_clips
+    held_out = emoji_clips.render_clips(model, task.data.world, "held_out", config.seed, num_held_out)
 
     def loss(trained: Params, frozen: Any, frames: Array, keys: Array) -> Any:
         return reconstruction(model.vae, task.kl_weight, join_params(trained, frozen), frames, keys)
