@@ -1,9 +1,11 @@
 """Where arrays live: one mesh with four named axes, and one table per network that says how its parameters are cut.
 
     data      copies of the model, each with its share of the batch
-    fsdp      share the batch too; parameters are cut over them and gathered layer by layer
+    fsdp      share the batch too
     context   cut the video tokens of one sample
     tensor    cut the width of the layers
+
+Parameters are cut over `fsdp` and `context`, and gathered layer by layer.
 
 All four axes always exist, of size 1 where unused, so that one code path serves a laptop and a pod. What used to be called
 pjit is `jax.jit` on arrays with these shardings.
@@ -61,35 +63,38 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(arranged, MESH_AXES, axis_types=types)
 
 
+# Devices that share a sample need all of the layers just as those with other samples do: parameters are cut over both.
+CUT = ("fsdp", "context")
+
 # A layer that widens is cut at its output by `tensor`, the one that follows it at its input: between them, no exchange.
 _WIDEN = r"(query|key|value|key_image|value_image|up|gate)"
 _NARROW = r"(out|down)"
 
 DIT_PARAM_SPECS: ParamSpecs = (
-    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, CUT, "tensor")),
     (rf"blocks/\w+/{_WIDEN}/bias", P(None, "tensor")),
-    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", CUT)),
     (rf"blocks/\w+/{_NARROW}/bias", P()),
-    (r"(patch_embedding|(text|time|image)_(in|out)|time_modulation)/kernel", P("fsdp", "tensor")),
-    (r"head/out/kernel", P("fsdp", None)),
+    (r"(patch_embedding|(text|time|image)_(in|out)|time_modulation)/kernel", P(CUT, "tensor")),
+    (r"head/out/kernel", P(CUT, None)),
     (r"(patch_embedding|(text|time|image)_(in|out)|time_modulation|head/out)/bias", P()),
     (r"(blocks|head)/modulation", P()),
     (r"(blocks/(\w+/)?|image_(in|out)_)\w*norm/(scale|bias)", P()),
 )
 
 TEXT_ENCODER_PARAM_SPECS: ParamSpecs = (
-    (r"token_embedding", P(None, ("fsdp", "tensor"))),
-    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
-    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (r"token_embedding", P(None, (*CUT, "tensor"))),
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, CUT, "tensor")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", CUT)),
     (r"blocks/self_attention/relative_bias", P(None, None, "tensor")),
     (r"(blocks/\w+_)?norm/scale", P()),
 )
 
 IMAGE_ENCODER_PARAM_SPECS: ParamSpecs = (
     (r"patch_embedding/kernel|class_embedding|position_embedding", P()),
-    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"blocks/\w+/{_WIDEN}/kernel", P(None, CUT, "tensor")),
     (rf"blocks/\w+/{_WIDEN}/bias", P(None, "tensor")),
-    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", "fsdp")),
+    (rf"blocks/\w+/{_NARROW}/kernel", P(None, "tensor", CUT)),
     (rf"blocks/\w+/{_NARROW}/bias", P()),
     (r"(blocks/\w+|input)_norm/(scale|bias)", P()),
 )
@@ -99,11 +104,11 @@ VAE_PARAM_SPECS: ParamSpecs = ((r"(encoder|decoder|quant|post_quant)/.*", P()),)
 
 # The thin side of an adapter is on every device; the other is cut like the kernel it stands beside.
 LORA_PARAM_SPECS: ParamSpecs = (
-    (rf"blocks/\w+/{_WIDEN}/a", P(None, "fsdp", None)),
+    (rf"blocks/\w+/{_WIDEN}/a", P(None, CUT, None)),
     (rf"blocks/\w+/{_WIDEN}/b", P(None, None, "tensor")),
     (rf"blocks/\w+/{_NARROW}/a", P(None, "tensor", None)),
-    (rf"blocks/\w+/{_NARROW}/b", P(None, None, "fsdp")),
-    (r"((text|time|image)_(in|out)|time_modulation|head/out)/a", P("fsdp", None)),
+    (rf"blocks/\w+/{_NARROW}/b", P(None, None, CUT)),
+    (r"((text|time|image)_(in|out)|time_modulation|head/out)/a", P(CUT, None)),
     (r"((text|time|image)_(in|out)|time_modulation)/b", P(None, "tensor")),
     (r"head/out/b", P()),
 )
@@ -138,7 +143,7 @@ def param_specs(abstract_params: Any, specs: ParamSpecs) -> Any:
 
 
 def param_shardings(mesh: Mesh, abstract_params: Any, specs: ParamSpecs) -> Any:
-    """How `mesh` holds each parameter; mesh axes whose size does not divide a dimension leave that dimension whole.
+    """How `mesh` holds each parameter; of the mesh axes that cut a dimension, the last give way where they do not divide it.
 
     Raises:
         ValueError: see `param_specs`.
@@ -147,8 +152,10 @@ def param_shardings(mesh: Mesh, abstract_params: Any, specs: ParamSpecs) -> Any:
     def shard(leaf: Any, spec: P) -> NamedSharding:
         axes = []
         for size, names in zip(leaf.shape, spec, strict=False):
-            group = (names,) if isinstance(names, str) else names or ()
-            axes.append(names if size % math.prod(mesh.shape[name] for name in group) == 0 else None)
+            group = (names,) if isinstance(names, str) else tuple(names or ())
+            while group and size % math.prod(mesh.shape[name] for name in group):
+                group = group[:-1]
+            axes.append(group[0] if len(group) == 1 else group or None)
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(shard, abstract_params, param_specs(abstract_params, specs))

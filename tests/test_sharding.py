@@ -99,8 +99,9 @@ def test_a_parameter_with_no_spec_or_two_is_named():
         param_specs(params, ((r".*", P(None, None, "fsdp")),))
 
 
-def test_eight_devices_hold_an_eighth_of_the_released_model_each():
-    mesh = make_mesh("fsdp=4,tensor=2")
+@pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "context=8", "fsdp=2,context=4"])
+def test_eight_devices_hold_an_eighth_of_the_released_model_each(spec):
+    mesh = make_mesh(spec)
     total, held = 0, 0
     for network in ("dit", "text_encoder", "image_encoder"):
         shardings = param_shardings(mesh, full_size()[network], PARAM_SPECS[network])
@@ -110,13 +111,16 @@ def test_eight_devices_hold_an_eighth_of_the_released_model_each():
     assert held / total < 1.02 / 8
 
 
-def test_a_dimension_that_does_not_divide_stays_whole():
+def test_a_dimension_is_cut_over_as_many_axes_as_divide_it():
     mesh = make_mesh("fsdp=4,tensor=2")
-    params = {"up": jax.ShapeDtypeStruct((6, 10), jnp.float32), "table": jax.ShapeDtypeStruct((3, 12), jnp.float32)}
-    specs = ((r"up", P("fsdp", "tensor")), (r"table", P(None, ("fsdp", "tensor"))))
+    shapes = {"up": (6, 10), "table": (3, 12), "whole": (6, 6), "both": (3, 16)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = ((r"up", P("fsdp", "tensor")), (r"table|whole|both", P(None, ("fsdp", "tensor"))))
     shardings = param_shardings(mesh, params, specs)
     assert shardings["up"].spec == P(None, "tensor")
-    assert shardings["table"].spec == P(None, None)
+    assert shardings["table"].spec == P(None, "fsdp")
+    assert shardings["whole"].spec == P(None, None)
+    assert shardings["both"].spec == P(None, ("fsdp", "tensor"))
 
 
 def test_batch_is_cut_over_data_and_fsdp():

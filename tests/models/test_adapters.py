@@ -209,7 +209,7 @@ def test_a_mesh_computes_the_same_gradients():
         jax.device_put(values, param_shardings(mesh, values, PARAM_SPECS[name]))
         for values, name in ((some_adapters(), "lora"), (params(), "dit"))
     )
-    assert tree["blocks"]["feed_forward"]["up"]["a"].sharding.spec[1] == "fsdp"
+    assert tree["blocks"]["feed_forward"]["up"]["a"].sharding.spec[1] == ("fsdp", "context")
 
     def loss_fn(tree: Any, base: Any) -> jax.Array:
         return jnp.mean(compiled_run(config)(base, scale_lora(EVERYWHERE, tree)) ** 2)
