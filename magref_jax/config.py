@@ -17,6 +17,8 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
 Layout = Literal["v1", "v2"]
 MaskMode = Literal["region", "full"]
+# How the DiT sees the canvas: channels beside the noise, with the region mask; or a latent frame of tokens ahead of the clip.
+ReferenceConcat = Literal["channel", "token"]
 ContextParallel = Literal["auto", "ulysses", "ring"]
 
 
@@ -180,9 +182,18 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     image_encoder: ImageEncoderConfig | None = ImageEncoderConfig()
     sampling: SamplingConfig = SamplingConfig()
+    reference_concat: ReferenceConcat = "channel"
     subject_alpha: float = 0.0  # strength of value injection; 0 is the released model
     drop_frames: int = 4  # leading frames that show the canvas, cut from the output
     fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        channels = self.vae.latent_channels
+        if self.reference_concat == "token" and self.dit.in_channels != channels:
+            raise ValueError(
+                f"ModelConfig.reference_concat='token' gives the DiT latents alone: DiTConfig.in_channels="
+                f"{self.dit.in_channels} must be VAEConfig.latent_channels={channels}."
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -39,7 +39,7 @@ from magref_jax.conditioning.case import (
     stack_cases,
     tokenize,
 )
-from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, drop_text
+from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, concatenate_tokens, drop_text
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject, clean_prompt
 from magref_jax.config import ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config
@@ -117,8 +117,8 @@ def encoders(config: ModelConfig, params: dict[str, Params]) -> Encoders:
 
 
 def takes_references(config: ModelConfig) -> bool:
-    """Whether the DiT has channels for more than noise; a text-to-video model has not."""
-    return config.dit.in_channels > config.vae.latent_channels
+    """Whether the DiT sees the canvas; a text-to-video model does not."""
+    return config.reference_concat == "token" or config.dit.in_channels > config.vae.latent_channels
 
 
 def decode(
@@ -158,9 +158,14 @@ def velocity_fn(
         subjects = None
         if conditioning.subject_tokens is not None and conditioning.subject_regions is not None:
             subjects = SubjectInjection(conditioning.subject_tokens, conditioning.subject_regions)
-        return DiT(config.dit).apply(
+        by_token, positions = config.reference_concat == "token", frame_positions
+        if by_token:
+            latents, timesteps, positions = concatenate_tokens(latents, timesteps, conditioning, positions)
+        else:
+            latents = concatenate_channels(latents, conditioning)
+        output = DiT(config.dit).apply(
             variables,
-            concatenate_channels(latents, conditioning),
+            latents,
             timesteps,
             conditioning.text_embeddings if context is None else None,
             conditioning.image_embeddings if context is None else None,
@@ -168,8 +173,9 @@ def velocity_fn(
             padding_repeats=padding_repeats,
             subjects=subjects,
             subject_alpha=config.subject_alpha,
-            frame_positions=frame_positions,
+            frame_positions=positions,
         )
+        return output[:, 1:] if by_token else output
 
     return velocity
 

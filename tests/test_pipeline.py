@@ -12,6 +12,7 @@ import pytest
 from magref_jax import pipeline
 from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.models import vae
+from magref_jax.models.dit import DiT, SubjectInjection
 from magref_jax.pipeline import Request, generate
 from magref_jax.sharding import make_mesh
 from tests.tiny_model import CONFIG, model_folder, picture, random_params  # noqa: F401
@@ -365,6 +366,47 @@ def test_large_clips_stream_through_the_vae(model, monkeypatch):
         pipeline.decode(CONFIG, None, jnp.zeros((1, 5, height // 2, width // 2, 16)))
         pipeline.encoders(CONFIG, model.params).frames(jnp.zeros((1, 9, height, width, 3)))
     assert taken == ["decode", "encode", "decode_stream", "encode_stream"]
+
+
+@pytest.fixture
+def token_model(model):
+    dit = dataclasses.replace(CONFIG.dit, in_channels=16)
+    config = dataclasses.replace(CONFIG, dit=dit, reference_concat="token", drop_frames=0)
+    return dataclasses.replace(model, config=config, params=model.params | {"dit": random_params(config)["dit"]})
+
+
+def test_a_canvas_of_tokens_is_a_latent_frame_more_that_nobody_gets(token_model):
+    config, params = token_model.config, token_model.params
+    arrays = pipeline.stack_cases([pipeline.prepare(config, token_model.tokenizer, request())])
+    noise = pipeline.draw_noise(config, request())[None]
+    conditioning = pipeline.encode_cases(pipeline.encoders(config, params), arrays, config.sampling.num_frames)
+    found = pipeline.velocity_fn(config, params["dit"], conditioning)(noise, jnp.full((1,), 500.0))
+    assert found.shape == noise.shape
+    # The transformer alone, with a canvas in front that is as clean as time 0 says.
+    frames = np.concatenate([conditioning.reference_latents[:, :1], noise], axis=1)
+    whole = DiT(config.dit).apply(
+        {"params": params["dit"]},
+        frames,
+        jnp.array([[0.0, 500.0, 500.0, 500.0]]),
+        conditioning.text_embeddings,
+        conditioning.image_embeddings,
+        subjects=SubjectInjection(conditioning.subject_tokens, conditioning.subject_regions),
+        subject_alpha=config.subject_alpha,
+    )
+    np.testing.assert_allclose(found, whole[:, 1:], atol=1e-5)
+    assert pipeline.takes_references(config)
+
+
+def test_a_canvas_of_tokens_is_seen_by_the_sampler(token_model):
+    (made,) = generate(token_model, [request()])
+    assert made.frames.shape == (CONFIG.sampling.num_frames, 8, 12, 3)
+    (other,) = generate(token_model, [dataclasses.replace(request(), images=[GREEN, GREEN])])
+    assert difference(made.frames, other.frames) > 1
+
+
+def test_a_canvas_of_tokens_leaves_no_room_for_channels():
+    with pytest.raises(ValueError, match="reference_concat='token' .*in_channels=36 must be .*latent_channels=16"):
+        dataclasses.replace(CONFIG, reference_concat="token")
 
 
 def test_text_to_video_without_references_runs_and_refuses_them(model):

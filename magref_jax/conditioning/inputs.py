@@ -5,6 +5,7 @@ L0 tokens of latent frame 0
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -31,9 +32,35 @@ class Conditioning:
 def concatenate_channels(
     noisy_latents: Float[Array, "B F H W C"], conditioning: Conditioning
 ) -> Float[Array, "B F H W in_channels"]:
-    """The DiT input: noise, then region mask, then reference latents. Text-to-video has noise alone."""
+    """The DiT input of channel concatenation: noise, region mask, reference latents. Text-to-video has noise alone."""
     parts = (noisy_latents, conditioning.region_mask, conditioning.reference_latents)
     return jnp.concatenate([part for part in parts if part is not None], axis=-1)
+
+
+def concatenate_tokens(
+    noisy_latents: Float[Array, "B F H W C"],
+    timesteps: Float[Array, "B"] | Float[Array, "B F"],
+    conditioning: Conditioning,
+    frame_positions: Sequence[int] | None = None,
+) -> tuple[Float[Array, "B F+1 H W C"], Float[Array, "B F+1"], tuple[int, ...]]:
+    """The DiT input, its timesteps and positions with the canvas ahead of the clip: a latent frame at time 0.
+
+    The region mask has no place there: the model must see from the canvas where it is empty.
+
+    Raises:
+        ValueError: no reference latents.
+    """
+    if conditioning.reference_latents is None:
+        raise ValueError("conditioning.reference_latents is None: there is no canvas to put ahead of the clip.")
+    batch, frames = noisy_latents.shape[:2]
+    canvas = conditioning.reference_latents[:, :1].astype(noisy_latents.dtype)
+    timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, frames))
+    positions = range(frames) if frame_positions is None else frame_positions
+    return (
+        jnp.concatenate([canvas, noisy_latents], axis=1),
+        jnp.pad(timesteps, ((0, 0), (1, 0))),
+        (0, *(position + 1 for position in positions)),
+    )
 
 
 def zero_padding(

@@ -1,5 +1,7 @@
 """Joining and dropping conditions, on arrays whose every value says where it comes from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from magref_jax.conditioning.inputs import (
     Conditioning,
     canvas_frames,
     concatenate_channels,
+    concatenate_tokens,
     drop_references,
     drop_text,
     zero_padding,
@@ -38,6 +41,24 @@ def test_text_to_video_has_noise_alone():
     np.testing.assert_array_equal(
         concatenate_channels(noise, Conditioning(text_embeddings=jnp.zeros((1, 3, 4)))), noise
     )
+
+
+@pytest.mark.parametrize("timesteps", [jnp.array([500.0, 900.0]), jnp.array([[500.0] * 3, [900.0] * 3])])
+def test_tokens_are_the_canvas_at_time_zero_then_noise(conditioning, timesteps):
+    noise = jnp.full((2, 3, 4, 5, 16), 7.0)
+    grey = conditioning.reference_latents.at[:, 1:].set(-1.0)  # latent frames after the canvas: not a part of it
+    seen = dataclasses.replace(conditioning, reference_latents=grey)
+    joined, times, positions = concatenate_tokens(noise, timesteps, seen)
+    np.testing.assert_array_equal(joined[1, :, 2, 3, 4], [3.0, 7.0, 7.0, 7.0])
+    assert joined.shape == (2, 4, 4, 5, 16)
+    np.testing.assert_array_equal(times, [[0, 500, 500, 500], [0, 900, 900, 900]])
+    assert positions == (0, 1, 2, 3)
+    assert concatenate_tokens(noise, timesteps, seen, (0, 2, 5))[2] == (0, 1, 3, 6)
+
+
+def test_tokens_need_a_canvas():
+    with pytest.raises(ValueError, match="reference_latents is None"):
+        concatenate_tokens(jnp.ones((1, 2, 2, 2, 16)), jnp.ones(1), Conditioning(text_embeddings=jnp.zeros((1, 3, 4))))
 
 
 def test_zero_padding_hides_even_infinite_values():
