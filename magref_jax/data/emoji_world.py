@@ -295,6 +295,7 @@ class EmojiWorldConfig:
     max_subjects: int = 3
     subject_counts: tuple[float, ...] = (0.3, 0.45, 0.25, 0.0)
     motions: tuple[str, ...] = DEFAULT_MOTIONS
+    places: tuple[str, ...] = tuple(PLACES)
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     cross_pair: float = 0.0
     cross_pair_kinds: tuple[str, ...] = CROSS_PAIR_KINDS
@@ -305,7 +306,12 @@ class EmojiWorldConfig:
     bounce_period: int = 4
 
     def __post_init__(self):
-        allowed = {"motions": MOTIONS, "backgrounds": BACKGROUNDS, "cross_pair_kinds": CROSS_PAIR_KINDS}
+        allowed = {
+            "motions": MOTIONS,
+            "places": PLACES,
+            "backgrounds": BACKGROUNDS,
+            "cross_pair_kinds": CROSS_PAIR_KINDS,
+        }
         for field, names in allowed.items():
             given = getattr(self, field)
             if not given or not set(given) <= set(names):
@@ -346,9 +352,9 @@ def _tracks(config: EmojiWorldConfig) -> Int[Array, "M T 4"]:
 
 
 def place_positions(config: EmojiWorldConfig) -> dict[str, Int[Array, "2"]]:
-    """The top left corner (x, y) of a sprite at every place, in pixels."""
+    """The top left corner (x, y) of a sprite at each of the config's places, in pixels."""
     room = np.array([config.width, config.height]) - config.sprite_size
-    return {name: np.round(room * fraction).astype(int) for name, fraction in PLACES.items()}
+    return {name: np.round(room * PLACES[name]).astype(int) for name in config.places}
 
 
 @functools.lru_cache(maxsize=16)
@@ -366,7 +372,7 @@ def _starts(config: EmojiWorldConfig) -> tuple[tuple[tuple[str, ...], Int[Array,
         if not fitting:
             raise ValueError(
                 f"motion {motion!r} does not fit: a sprite of sprite_size={config.sprite_size} leaves "
-                f"{config.width}x{config.height} within num_frames={config.num_frames}"
+                f"{config.width}x{config.height} within num_frames={config.num_frames} from all of places={config.places}"
             )
         starts.append((tuple(fitting), np.array(list(fitting.values()))))
     return tuple(starts)
@@ -487,7 +493,8 @@ def _draw_identities(count: int, candidates: Int[Array, "I"], rng: np.random.Gen
     return chosen
 
 
-def _intersection_over_union(a: Int[Array, "*N 4"], b: Int[Array, "*N 4"]) -> Float[Array, "*N"]:
+def box_iou(a: Int[Array, "*N 4"], b: Int[Array, "*N 4"]) -> Float[Array, "*N"]:
+    """Intersection over union of boxes (x0, y0, x1, y1)."""
     overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     intersection = overlap.clip(0).prod(-1)
     areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
@@ -506,7 +513,7 @@ def _place_subjects(
         positions = np.array([starts[motion][1][place] for motion, place in zip(motions, places, strict=True)])
         boxes = tracks[motions] + np.tile(positions, 2)[:, None]
         pairs = itertools.combinations(boxes, 2)
-        overlap = max((_intersection_over_union(first, second).max() for first, second in pairs), default=0.0)
+        overlap = max((box_iou(first, second).max() for first, second in pairs), default=0.0)
         draws.append((overlap, motions, places, boxes))
         if overlap <= MAX_OVERLAP:
             break
@@ -580,7 +587,7 @@ def vocabulary(config: EmojiWorldConfig) -> list[str]:
     """Every word a caption of either split can contain, sorted, with the comma as a word of its own."""
     texts = [identity.name for identity in load_atlas().identities]
     texts += [f"the {motion} and ," for motion in config.motions]
-    texts += PLACES
+    texts += config.places
     texts += [f"{BACKGROUNDS[background].place} {background}" for background in config.backgrounds]
     texts += [template.format(subjects="", place="").replace(",", " , ") for template in TEMPLATES]
     return sorted({word for text in texts for word in text.split()})

@@ -32,7 +32,7 @@ from magref_jax.evaluation.emoji_metrics import METRICS, NUM_CANDIDATES, evaluat
 from magref_jax.files import replacing
 from magref_jax.training.config import DiTTask, EmojiData, TrainConfig
 
-RowName = Literal["region", "full_mask", "no_canvas", "no_cross_pair", "no_injection", "video_first"]
+RowName = Literal["region", "full_mask", "no_canvas", "no_cross_pair", "no_injection", "video_first", "token_concat"]
 
 
 class Row(NamedTuple):
@@ -65,6 +65,10 @@ ROWS: Mapping[RowName, Row] = {
     "no_injection": Row("no subject disentanglement", {"task.model.subject_alpha": 0.0}, None, 0.580),
     "no_cross_pair": Row("no cross-pairs", {"task.choice.cross_pair": 0.0}, None, 0.574),
     "video_first": Row("latent frame 0 toward the video", _VIDEO_FIRST),
+    "token_concat": Row(
+        "the same, canvas as tokens, not channels",
+        _VIDEO_FIRST | {"task.model.dit.in_channels": 16, "task.model.reference_concat": "token"},
+    ),
 }
 BASE: RowName = "region"
 
@@ -130,9 +134,7 @@ def score_model(
     """
     scores = {}
     for kind, cross_pair in REFERENCES.items():
-        data = EmojiWorldConfig(
-            width=world.width, height=world.height, num_frames=world.num_frames, cross_pair=cross_pair
-        )
+        data = dataclasses.replace(world, cross_pair=cross_pair)
         clips = [sample_clip(data, "held_out", 0, index) for index in range(cases)]
         requests = [make_request(clip, 0, index) for index, clip in enumerate(clips)]
         if not pipeline.takes_references(model.config):
@@ -151,8 +153,8 @@ class Run:
     out: pathlib.Path  # OUT/ROW/seed_SEED is the training's folder; result.json in it is what `table` reads
     seed: int = 0
     preset: pathlib.Path = pathlib.Path("configs/emoji_ablation.py")
-    num_steps: int = 6000
-    num_clips: int = 4000
+    num_steps: int = 3000
+    num_clips: int = 2500
     cases: int = 200  # of either kind of references
     batch_size: int = 8  # in sampling
 

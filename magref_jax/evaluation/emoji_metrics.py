@@ -20,10 +20,10 @@ from PIL import Image
 
 from magref_jax.data.emoji_world import (
     MOTIONS,
-    PLACES,
     Clip,
     EmojiWorldConfig,
     background_image,
+    box_iou,
     load_atlas,
     place_positions,
     sample_clip,
@@ -54,10 +54,11 @@ METRICS: Mapping[str, Metric] = {
     "identity_top1": Metric("identity, top 1 of 32", lambda config: 1 / NUM_CANDIDATES),
     "identity_top5": Metric("identity, top 5 of 32", lambda config: 5 / NUM_CANDIDATES),
     "similarity": Metric("similarity to the reference", None),
+    "region_iou": Metric("region IoU", None),
     "present": Metric("subjects present", None),
     "all_present": Metric("videos with every subject", None),
     "motion": Metric("motion, mean of all motions", lambda config: 1 / len(config.motions)),
-    "place": Metric("place, of those the prompt says", lambda config: 1 / len(PLACES)),
+    "place": Metric("place, of those the prompt says", lambda config: 1 / len(config.places)),
     "background": Metric("background", lambda config: 1 / len(config.backgrounds)),
 }
 
@@ -192,6 +193,12 @@ def _similarity(frames: Frames, match: Match, template: Template) -> float:
     return max(float(np.mean(values)), 0.0)
 
 
+def _region_iou(match: Match, boxes: Int[Array, "F 4"]) -> float:
+    """Of the best window with the subject's true box, mean over frames."""
+    corners = np.stack([match.column[:, 0], match.row[:, 0]], -1)
+    return float(box_iou(np.concatenate([corners, corners + boxes[:, 2:] - boxes[:, :2]], -1), boxes).mean())
+
+
 @functools.cache
 def _paths(config: EmojiWorldConfig) -> Mapping[str, Int[Array, "F 2"]]:
     """(row, column) of every motion in steps of the coarse search, from its smallest on."""
@@ -293,6 +300,7 @@ def score_clip(frames: Frames, clip: Clip, config: EmojiWorldConfig) -> Scores:
         scores["identity_top1"].append(rank < 1)
         scores["identity_top5"].append(rank < 5)
         scores["similarity"].append(_similarity(frames[every_second], match, true_template))
+        scores["region_iou"].append(_region_iou(match, truth.boxes[every_second]))
         scores["present"].append(score[0] >= PRESENT)
         scores[f"motion/{truth.motion}"].append(_motion(maps, paths) == truth.motion)
         if f"{reference.label} {truth.place} {truth.motion}" in clip.caption:

@@ -18,13 +18,14 @@ from magref_jax import pipeline
 from magref_jax.config import ModelConfig
 from magref_jax.data.clips import make_example
 from magref_jax.data.emoji_records import make_record
-from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip
+from magref_jax.data.emoji_world import sample_clip
 from magref_jax.evaluation import ablation
 from magref_jax.evaluation.ablation import MARKERS, ROWS, Result, Run, Spread, Table
 from magref_jax.evaluation.emoji_metrics import METRICS, evaluate
-from magref_jax.training.tasks import model_config
+from magref_jax.training.dit_task import model_config
 
 BUNDLED = pathlib.Path(pipeline.__file__).parent / "bundled" / "emoji"
+WORLD = emoji.task.data.world
 CASES = 3
 # So few cases that a resampling may hold none for some metric.
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice:RuntimeWarning")
@@ -52,6 +53,10 @@ CHANGES = {
         "task.model.drop_frames": 0,
         "task.data.world.num_frames": 9,
     },
+}
+CHANGES["token_concat"] = CHANGES["video_first"] | {
+    "task.model.dit.in_channels": 16,
+    "task.model.reference_concat": "token",
 }
 
 
@@ -100,7 +105,7 @@ def test_a_row_trains_on_and_makes_the_frames_that_are_scored(row):
 
     assert len(example.frames) == model.sampling.num_frames == 9  # as the model's latents hold
     shown = example.frames[model.drop_frames :]
-    world = emoji.task.data.world.num_frames
+    world = WORLD.num_frames
     assert len(shown) >= world
     assert np.array_equal(shown[:world], record.frames[:world])  # the canvas is what is dropped
     assert np.array_equal(example.frames[0], example.case.canvas.image) == (target == "canvas")
@@ -128,10 +133,9 @@ def truthful(monkeypatch):
 
     def generate_videos(model, requests, batch_size, description, **overrides):
         asked.extend(requests)
-        world = {"references: same": 0.0, "references: cross_pair": 1.0}[description]
-        clips = [
-            sample_clip(EmojiWorldConfig(cross_pair=world), "held_out", 0, index) for index in range(len(requests))
-        ]
+        cross_pair = {"references: same": 0.0, "references: cross_pair": 1.0}[description]
+        world = dataclasses.replace(WORLD, cross_pair=cross_pair)
+        clips = [sample_clip(world, "held_out", 0, index) for index in range(len(requests))]
         videos = np.stack([clip.frames for clip in clips])
         return np.concatenate([videos, np.zeros_like(videos[:, :1])], axis=1), []
 
@@ -141,13 +145,13 @@ def truthful(monkeypatch):
 
 def test_true_videos_score_as_such(truthful):
     model = pipeline.Model(emoji.task.model, {}, None)
-    scores = ablation.score_model(model, emoji.task.data.world, CASES, 2)
+    scores = ablation.score_model(model, WORLD, CASES, 2)
     assert set(scores) == {"same", "cross_pair"}
     assert set(scores["same"]) == set(METRICS)
     for metric in ("identity_top1", "present", "background", "place"):
         assert scores["same"][metric][0] == 1.0
-    clips = [sample_clip(EmojiWorldConfig(), "held_out", 0, index) for index in range(CASES)]
-    direct = evaluate([clip.frames for clip in clips], clips, EmojiWorldConfig())
+    clips = [sample_clip(WORLD, "held_out", 0, index) for index in range(CASES)]
+    direct = evaluate([clip.frames for clip in clips], clips, WORLD)
     assert scores["same"] == {metric: pytest.approx(list(estimate), nan_ok=True) for metric, estimate in direct.items()}
     assert len(truthful) == 2 * CASES
     assert all(request.images and len(request.subjects) == len(request.images) for request in truthful)
@@ -162,7 +166,7 @@ def test_true_videos_score_as_such(truthful):
 
 def test_text_to_video_is_asked_without_references(truthful):
     model = pipeline.Model(ablation.row_config(emoji, "no_canvas", 0, 4, 16).task.model, {}, None)
-    scores = ablation.score_model(model, emoji.task.data.world, CASES, 2)
+    scores = ablation.score_model(model, WORLD, CASES, 2)
     assert scores["same"]["identity_top1"][0] == 1.0
     assert all(len(request.images) == len(request.subjects) == 0 for request in truthful)
 

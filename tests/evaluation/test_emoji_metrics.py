@@ -67,6 +67,7 @@ def num_subjects(clips):
         ("identity_top1", 0.97),
         ("identity_top5", 0.99),
         ("similarity", 0.9),
+        ("region_iou", 0.9),
         ("present", 0.97),
         ("all_present", 0.95),
         ("motion", 0.97),
@@ -121,7 +122,7 @@ def test_a_blurred_and_noisy_video_is_still_recognised(clips, truth):
 
 def test_more_blur_never_scores_higher(clips, truth):
     levels = [evaluate([blurred(f, radius) for f in truth[:10]], clips[:10], DATA) for radius in (0.5, 2, 5)]
-    for metric in ("identity_top1", "identity_top5", "similarity", "present"):
+    for metric in ("identity_top1", "identity_top5", "similarity", "region_iou", "present"):
         values = [level[metric].value for level in levels]
         assert values == sorted(values, reverse=True), metric
         assert values[-1] < values[0], metric
@@ -132,6 +133,17 @@ def test_positions_between_the_searched_ones_are_found(clips, truth):
     found = evaluate(moved, clips[:20], DATA)
     assert found["identity_top1"].value >= 0.95
     assert found["similarity"].value >= 0.85
+
+
+def test_region_iou_is_that_of_the_shifted_box():
+    one = dataclasses.replace(DATA, motions=("stays still",), subject_counts=(1,), backgrounds=("plain wall",))
+    for index in range(4):
+        clip = sample_clip(one, "held_out", 1, index)
+        shift = 4 if clip.subjects[0].boxes[0, 0] == 0 else -4
+        moved = np.roll(clip.frames, shift, axis=2)  # a plain wall has one colour along a row
+        assert score_clip(clip.frames, clip, DATA)["region_iou"].tolist() == [1]
+        side = DATA.sprite_size
+        assert score_clip(moved, clip, DATA)["region_iou"] == pytest.approx((side - 4) / (side + 4))
 
 
 @pytest.mark.parametrize("motion", DEFAULT_MOTIONS)
