@@ -39,10 +39,11 @@ from magref_jax.files import replacing
 from magref_jax.sharding import make_mesh
 from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
 from magref_jax.training.config import TrainConfig
+from magref_jax.training.job import Job, Samples
 from magref_jax.training.monitor import Monitor
 from magref_jax.training.optimizer import make_optimizer
 from magref_jax.training.step import TrainState, init_state, state_shardings, train_step
-from magref_jax.training.tasks import Job, Samples, open_job
+from magref_jax.training.tasks import open_job
 
 
 def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> TrainState:
@@ -65,9 +66,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
         )
         stop = stack.enter_context(StopSignal())
         on_first(lambda: write_config(config, out))
-        checkpoints = Checkpoints(
-            out / "checkpoints", every=events.checkpoint, keep=events.keep, keep_every=events.keep_every
-        )
+        checkpoints = Checkpoints(out / "checkpoints", keep=events.keep, keep_every=events.keep_every)
         stack.callback(checkpoints.close)
         job = open_job(config, out, mesh)
         stack.callback(job.batches.close)

@@ -45,11 +45,11 @@ from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
 from magref_jax.models.dit import dit_flops
 from magref_jax.sharding import MESH_AXES, PARAM_SPECS, activation_spec, batch_multiple, make_mesh, param_shardings
 from magref_jax.training.config import DiTTask, TrainConfig
+from magref_jax.training.dit_task import as_batch, model_config
 from magref_jax.training.monitor import peak_flops, train_flops
 from magref_jax.training.objective import Batch, Null, flow_matching
 from magref_jax.training.optimizer import join_params, make_optimizer, split_params
 from magref_jax.training.step import init_state, state_shardings, train_step
-from magref_jax.training.tasks import as_batch, model_config
 
 GIB = 2**30
 USABLE = 0.9  # of a chip's memory; the rest is for fragmentation and what else the runtime holds
@@ -661,7 +661,7 @@ def _stored(mesh: Mesh, abstract: Mapping[str, Params]) -> dict[str, Any]:
 
 
 def _trainable(task: DiTTask, model: ModelConfig, dit: Params) -> tuple[Params, Params, Any, Any]:
-    """As `tasks.choose_trainable`, of shapes: trained, frozen, their table, and how both are one model again."""
+    """As `dit_task.choose_trainable`, of shapes: trained, frozen, their table, and how both are one model again."""
     if isinstance(task.trainable, LoraConfig):
         lora_config = task.trainable
         lora = jax.eval_shape(functools.partial(init_lora, model.dit, lora_config), jax.random.key(0))

@@ -179,7 +179,7 @@ def read_back(folder, mesh, name):
         pipeline.abstract_params(MODEL)["dit"],
     )
     shardings = state_shardings(mesh, state, optimizer, PARAM_SPECS["dit"])
-    with Checkpoints(folder / name / "checkpoints", every=1) as checkpoints:
+    with Checkpoints(folder / name / "checkpoints") as checkpoints:
         restored, _, _ = checkpoints.restore(checkpoints.latest_step(), train.abstract_state(state, shardings))
     assert not restored.params["blocks"]["feed_forward"]["up"]["kernel"].is_fully_replicated
     return [leaf.tolist() for leaf in jax.tree.leaves(on_host((restored.params, restored.ema)))]
@@ -226,7 +226,7 @@ def params_of(folder: pathlib.Path, name: str) -> list[np.ndarray]:
     optimizer = make_optimizer(config_of(folder).optimizer)
     init = functools.partial(init_state, optimizer=optimizer, key=jax.random.key(0))
     state = jax.eval_shape(init, pipeline.abstract_params(MODEL)["dit"])
-    with Checkpoints(folder / name / "checkpoints", every=1) as checkpoints:
+    with Checkpoints(folder / name / "checkpoints") as checkpoints:
         restored, position, _ = checkpoints.restore(checkpoints.latest_step(), state)
     assert position["batches"] == int(restored.step)
     return [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.ema))]

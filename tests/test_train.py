@@ -17,7 +17,8 @@ from magref_jax import checkpoint, pipeline
 from magref_jax.data import clips
 from magref_jax.data.precompute import encode_batch
 from magref_jax.sharding import make_mesh
-from magref_jax.training.tasks import open_sources
+from magref_jax.training.config import Events
+from magref_jax.training.dit_task import open_sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"
@@ -128,3 +129,9 @@ def test_what_a_continued_run_does_differently_is_said():
 def test_every_preset_loads(name):
     config = train.load_config(str(ROOT / "configs" / name))
     assert config.num_steps >= 1
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "keep", "keep_every", "validation", "sample", "report"])
+def test_an_event_after_no_steps_is_refused(name):
+    with pytest.raises(ValueError, match=f"Events.{name}=0 must be 1 or more"):
+        Events(**{name: 0})

@@ -132,14 +132,6 @@ def velocity_target(clean_latents: Float[Array, "B *rest"], noise: Float[Array, 
     return noise.astype(jnp.float32) - clean_latents.astype(jnp.float32)
 
 
-def clean_from_velocity(
-    noisy_latents: Float[Array, "B *rest"], velocity: Float[Array, "B *rest"], sigmas: Float[Array, "B *F"]
-) -> Float[Array, "B *rest"]:
-    """The clean latents x₀ = x_σ − σ·v that a velocity points to, float32."""
-    noisy_latents, velocity = noisy_latents.astype(jnp.float32), velocity.astype(jnp.float32)
-    return noisy_latents - _broadcast("sigmas", sigmas, noisy_latents) * velocity
-
-
 def sample_sigmas(
     key: Key[Array, ""],
     shape: tuple[int, ...],
@@ -184,14 +176,6 @@ def loss_weight(
     # Normalised over the fixed training grid: a batch's own mean would be 0/0 for a batch of one.
     grid = shift_sigmas(np.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1)[:-1], flow_shift)
     return bell(sigmas) / bell(grid).mean()
-
-
-def flow_matching_loss(
-    velocity: Float[Array, "B *rest"], target: Float[Array, "B *rest"], weights: Float[Array, "B *F"]
-) -> Float[Array, "B"]:
-    """Squared error of the velocity, weighted per sample (or per latent frame), averaged within each sample; float32."""
-    error = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
-    return (_broadcast("weights", weights, error) * error).mean(axis=tuple(range(1, error.ndim)))
 
 
 def _broadcast(name: str, values: Float[Array, "B *F"], latents: Float[Array, "B *rest"]) -> Float[Array, "B *ones"]:

@@ -1,7 +1,8 @@
 """Training, but for the loop, which is `train.py`.
 
 config       what a run is made of
-tasks        what it trains: opens files, draws batches, exports
+job          what the loop sees of what it trains
+tasks        which task opens how: dit_task, vae_task; networks
 objective    what it minimises
 step         one step; optimizer
 checkpoints  what survives it

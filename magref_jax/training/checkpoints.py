@@ -47,17 +47,17 @@ class Checkpoints:
     several processes all of them call everything, and the folder is one that they share.
     """
 
-    def __init__(self, folder: pathlib.Path, *, every: int, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(self, folder: pathlib.Path, *, keep: int = 3, keep_every: int | None = None) -> None:
         """Makes the folder, or removes what a killed run left unfinished in it.
 
         Raises:
             ValueError: a number below 1.
         """
-        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         self._folder = folder.absolute()
-        self._every, self._keep, self._keep_every = every, keep, keep_every
+        self._keep, self._keep_every = keep, keep_every
         self.seconds_blocked = 0.0  # how long `save` has held its callers, in all
         self._pending: concurrent.futures.Future[None] | None = None
         self._pending_step: int | None = None
@@ -83,10 +83,6 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after so many steps."""
-        return step % self._every == 0
 
     def reached_preemption(self, step: int) -> signal.Signals | None:
         """SIGTERM, at the same step in all of several processes, once the cluster has announced it to any of them.

@@ -131,6 +131,12 @@ class Events:
     report: int = 50  # throughput and goodput
     profile: tuple[int, int] | None = None  # first step and number of steps that jax.profiler records
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"Events.{field.name}={value} must be 1 or more.")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -62,7 +62,7 @@ def leaf_bytes(state: State) -> dict[str, bytes]:
 
 
 def save_all(folder: pathlib.Path, *steps: int, **options: int) -> None:
-    with Checkpoints(folder, every=1, **{"keep": 10} | options) as checkpoints:
+    with Checkpoints(folder, **{"keep": 10} | options) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step), {"position": step}, {"seed": 0})
 
@@ -74,11 +74,10 @@ def names(folder: pathlib.Path) -> list[str]:
 def test_everything_comes_back_to_the_bit(tmp_path):
     state = make_state(7)
     data, config = {"position": [7, 2**70], "of": None}, {"sizes": (1, 2), "folder": pathlib.Path("x")}
-    with Checkpoints(tmp_path / "checkpoints", every=5) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() is None
-        assert [step for step in range(1, 12) if checkpoints.is_due(step)] == [5, 10]
         checkpoints.save(7, state, data, config)
-    with Checkpoints(tmp_path / "checkpoints", every=5) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 7
         restored, stored_data, stored_config = checkpoints.restore(7, abstract(state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -93,7 +92,7 @@ def test_the_writer_keeps_what_the_loop_goes_on_changing(tmp_path):
     change = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = {"params": jnp.arange(2.0**20)}
     data = {"position": 1}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, data, {})
         data["position"] = 2
         for _ in range(3):
@@ -117,21 +116,21 @@ def test_newest_and_every_nth_stay(tmp_path, options, expected):
     assert names(tmp_path) == list(map(str, expected))
 
 
-@pytest.mark.parametrize("name", ["every", "keep", "keep_every"])
+@pytest.mark.parametrize("name", ["keep", "keep_every"])
 def test_numbers_below_one_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}=0 must be 1 or more"):
-        Checkpoints(tmp_path, **{"every": 1} | {name: 0})
+        Checkpoints(tmp_path, **{name: 0})
 
 
 def test_the_same_step_twice_is_one_checkpoint(tmp_path):
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         first = checkpoints.save(3, make_state(), {"try": 1}, {})
         second = checkpoints.save(3, make_state(), {"try": 2}, {})
         third = checkpoints.save(3, make_state(), {"try": 3}, {}, wait=True)
         assert names(tmp_path) == ["3"]
         assert checkpoints.seconds_blocked == pytest.approx(first + second + third)
         assert checkpoints.restore(3, abstract(make_state()))[1] == {"try": 1}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, make_state(), {"try": 4}, {}, wait=True)
         assert checkpoints.restore(3, abstract(make_state()))[1] == {"try": 1}
 
@@ -151,7 +150,7 @@ def test_a_flipped_bit_in_any_file_is_reported_by_its_name(tmp_path):
     found = {path.relative_to(tmp_path / "3").parts[:2] for path in files}
     assert {("items", "state"), ("items", "data"), ("items", "config"), ("items", MANIFEST), (module._SEAL,)} <= found
     rng = np.random.default_rng(0)
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         for path in files:
             whole = path.read_bytes()
             assert whole, path
@@ -173,7 +172,7 @@ def test_a_flipped_bit_in_any_file_is_reported_by_its_name(tmp_path):
 
 def test_every_bit_of_manifest_and_seal_is_their_own(tmp_path):
     save_all(tmp_path, 3)
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         for path in (tmp_path / "3/items" / MANIFEST, tmp_path / "3" / module._SEAL):
             whole = path.read_bytes()
             for position in range(0, len(whole), 1 if path.name == module._SEAL else 41):
@@ -186,7 +185,7 @@ def test_every_bit_of_manifest_and_seal_is_their_own(tmp_path):
 def test_a_lost_file_is_reported_and_no_reason_to_fall_back(tmp_path, name):
     save_all(tmp_path, 2, 3)
     (tmp_path / "3" / name).unlink()
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 3
         with pytest.raises(ValueError, match=f"{pathlib.Path(name).name} is missing") as caught:
             checkpoints.restore(3, abstract(make_state()))
@@ -200,7 +199,7 @@ def test_the_way_out_leads_to_the_newest_whole_checkpoint(tmp_path):
     save_all(tmp_path, 1, 2, 3)
     for step in (2, 3):
         (tmp_path / str(step) / "items/data/metadata").write_text("{}")
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match=r"data/metadata has 2 bytes, expected 15.*Checkpoint 1 is whole"):
             checkpoints.restore(3, abstract(make_state()))
         shutil.rmtree(tmp_path / "1")
@@ -212,7 +211,7 @@ def test_contents_are_compared_unless_asked_not_to_and_sizes_always(tmp_path):
     save_all(tmp_path, 3)
     path = tmp_path / "3/items/data/metadata"
     path.write_text(path.read_text().replace("3", "4"))
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match="data/metadata is damaged"):
             checkpoints.restore(3, abstract(make_state()))
         assert checkpoints.restore(3, abstract(make_state()), verify=False)[1] == {"position": 4}
@@ -236,7 +235,7 @@ def test_a_checkpoint_without_digests_is_unfinished_and_removed(tmp_path, monkey
     monkeypatch.undo()
     (tmp_path / "copy").rename(tmp_path / ".3.new")
     assert (tmp_path / ".3.new/items/state/_METADATA").is_file()
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert names(tmp_path) == ["2"]
         assert checkpoints.latest_step() == 2
         checkpoints.save(3, make_state(), {}, {}, wait=True)
@@ -244,7 +243,7 @@ def test_a_checkpoint_without_digests_is_unfinished_and_removed(tmp_path, monkey
 
 
 def test_what_json_does_not_know_is_refused_at_once(tmp_path):
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(TypeError, match="not JSON serializable"):
             checkpoints.save(3, make_state(), {"position": np.arange(2)}, {})
         assert checkpoints.latest_step() is None
@@ -256,7 +255,7 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / leftover / "items.orbax-checkpoint-tmp").mkdir(parents=True)
     for other in (".git", "notes", ".3.newer"):
         (tmp_path / other).mkdir()
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2]
     assert names(tmp_path) == [".3.newer", ".git", "2", "notes"]
 
@@ -283,7 +282,7 @@ def test_a_failing_write_is_told_at_the_next_call_and_costs_no_checkpoint(tmp_pa
 
     monkeypatch.setattr(module, "write_manifest", fail)
     told = r"Checkpoint {} could not be written to .*, the newest one is 1: .*No space left"
-    with Checkpoints(tmp_path, every=1, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, make_state(2), {}, {})
         with pytest.raises(SaveError, match=told.format(2)):
             checkpoints.save(3, make_state(3), {}, {})
@@ -301,7 +300,7 @@ def test_a_failing_write_is_told_at_the_next_call_and_costs_no_checkpoint(tmp_pa
 
 def test_close_tells_of_a_failing_write(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_manifest", lambda folder: folder / 0)
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, make_state(2), {}, {})
     with pytest.raises(SaveError, match="Checkpoint 2 could not be written .*there is no other one"):
         checkpoints.close()
@@ -328,7 +327,7 @@ def test_close_tells_of_a_failing_write(tmp_path, monkeypatch):
 def test_a_state_that_differs_is_refused_by_the_name_of_its_leaves(tmp_path, other, message):
     save_all(tmp_path, 3)
     with (
-        Checkpoints(tmp_path, every=1) as checkpoints,
+        Checkpoints(tmp_path) as checkpoints,
         pytest.raises(ValueError, match=f"{tmp_path / '3'} is of another training state: .*{message}"),
     ):
         checkpoints.restore(3, abstract(other))
@@ -337,7 +336,7 @@ def test_a_state_that_differs_is_refused_by_the_name_of_its_leaves(tmp_path, oth
 def test_unknown_checkpoints_are_refused_with_those_there_are(tmp_path):
     save_all(tmp_path, 2, 4)
     with (
-        Checkpoints(tmp_path, every=1) as checkpoints,
+        Checkpoints(tmp_path) as checkpoints,
         pytest.raises(FileNotFoundError, match="step=3 is not a checkpoint in .*; there are: 2, 4"),
     ):
         checkpoints.restore(3, abstract(make_state()))
@@ -354,7 +353,7 @@ def test_eight_four_and_one_device_hold_the_same_bits(tmp_path):
     expected = leaf_bytes(state)
     state = jax.device_put(state, on_mesh(state, 8))
     for num_devices in (4, 1, 8):
-        with Checkpoints(tmp_path / str(num_devices), every=1) as checkpoints:
+        with Checkpoints(tmp_path / str(num_devices)) as checkpoints:
             checkpoints.save(3, state, {}, {})
             shardings = on_mesh(state, num_devices)
             target = jax.tree.map(
@@ -376,7 +375,7 @@ from magref_jax.training.checkpoints import Checkpoints, SaveError
 
 folder = pathlib.Path(sys.argv[1])
 state = {"params": jnp.arange(2.0**16).reshape(256, 256) ** 2}
-with Checkpoints(folder, every=1, keep=1) as checkpoints:
+with Checkpoints(folder, keep=1) as checkpoints:
     checkpoints.save(1, state, {}, {}, wait=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
@@ -432,14 +431,14 @@ def test_signals_are_noted_once_and_then_do_what_they_did():
 
 
 def test_one_process_is_not_preempted_by_a_cluster(tmp_path):
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.reached_preemption(1) is None
 
 
 def test_several_processes_stop_at_the_same_step(tmp_path, monkeypatch):
     """There the cluster's notice counts, and the handler that JAX has for SIGTERM stays."""
     monkeypatch.setattr(module.ocp.multihost, "reached_preemption", lambda step: step == 5)
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert [checkpoints.reached_preemption(step) for step in (4, 5)] == [None, signal.SIGTERM]
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(module.jax, "process_count", lambda: 2)

@@ -39,7 +39,7 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from magref_jax.training.monitor import Work
-from magref_jax.training.tasks import Job
+from magref_jax.training.job import Job
 
 
 class Batches:

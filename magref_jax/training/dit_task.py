@@ -1,0 +1,326 @@
+"""Trains the transformer, or a part of it, or a LoRA beside it; the other networks are frozen."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+from PIL import Image
+
+from magref_jax import checkpoint, pipeline
+from magref_jax.checkpoint import Params
+from magref_jax.conditioning.case import encode_cases, prepare_case, stack_cases
+from magref_jax.conditioning.inputs import Conditioning
+from magref_jax.config import ModelConfig, load_model_config
+from magref_jax.convert.lora import apply_loras, trained_lora, write_lora
+from magref_jax.data import clips
+from magref_jax.data.emoji_records import EmojiSource
+from magref_jax.data.precompute import encode_batch, precompute
+from magref_jax.data.records import ClipRecord, Source, open_records
+from magref_jax.distributed import batch_share, on_first, on_host, shard_rows
+from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
+from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, shard_batch
+from magref_jax.training.config import DiTTask, EmojiData, TrainConfig
+from magref_jax.training.job import Job, Samples
+from magref_jax.training.monitor import Work, dit_work
+from magref_jax.training.networks import copy_networks, init_random
+from magref_jax.training.objective import Batch, Null, flow_matching, velocity_error
+from magref_jax.training.optimizer import join_params, split_params
+from magref_jax.video import SheetRow, contact_sheet
+
+VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SAMPLES = 4  # videos on a contact sheet
+
+
+def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
+    task = config.task
+    assert isinstance(task, DiTTask)
+    model = model_config(task)
+    tokenizer = pipeline.load_tokenizer(task.folder)
+    training_clips, validation_clips = open_sources(task, config.seed)
+    make = functools.partial(make_row, model, tokenizer, task)
+    # What cannot be trained is refused before weights are read: batches that cannot be filled, records that do not fit.
+    batches = open_batches(training_clips, task, make, config.seed, mesh)
+    make(training_clips[0], np.random.default_rng(0))
+    dit, encoders = read_networks(task, model, mesh, config.seed)
+    if task.layouts:
+        training_clips = precompute(
+            training_clips,
+            out / "encoded",
+            model,
+            tokenizer,
+            encoders,
+            layouts=task.layouts,
+            choice=task.choice,
+            first_frame_target=task.objective.first_frame_target,
+            seed=config.seed,
+            mesh=mesh,
+        )
+        batches = open_batches(training_clips, task, make, config.seed, mesh)
+    trained, rest, specs, join, export = choose_trainable(task, config, model, mesh, dit, out)
+    frozen = {"dit": rest, "null": blank_conditioning(model, tokenizer, encoders)}
+    run = _Run(task, model, tokenizer, mesh, encoders, frozen, join, config.seed)
+
+    validate = sample = None
+    if validation_clips is not None:
+        sample = functools.partial(run.sample, validation_clips)
+    if validation_clips is not None and config.events.validation is not None:
+        # Every process makes all of the fixed set, which may be smaller than the mesh.
+        prepare_whole = functools.partial(run.prepare, place=shard_batch)
+        if fixed := validation_batches(validation_clips, make, prepare_whole, config.seed):
+            validate = functools.partial(run.validate, fixed)
+    return Job(
+        params=trained,
+        frozen=frozen,
+        specs=specs,
+        loss=run.loss,
+        batches=batches,
+        prepare=run.prepare,
+        work=run.work,
+        export=export,
+        validate=validate,
+        sample=sample,
+        overfit=task.overfit,
+    )
+
+
+Join = Callable[[Params, Params], tuple[Params, Params | None]]  # (trained, frozen) -> (DiT, LoRA)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """What the functions of a job share."""
+
+    task: DiTTask
+    model: ModelConfig
+    tokenizer: Any
+    mesh: Mesh
+    encoders: dict[str, Params]
+    frozen: dict[str, Any]  # the part of the DiT that is not trained, and the null conditioning
+    join: Join
+    seed: int
+
+    @functools.cached_property
+    def in_training(self) -> ModelConfig:
+        dit, task = self.model.dit, self.task
+        dit = dataclasses.replace(dit, dtype=task.dtype or dit.dtype, remat=task.remat or dit.remat)
+        return dataclasses.replace(self.model, dit=dit)
+
+    @functools.cached_property
+    def encode(self) -> Callable[..., dict[str, Array]]:
+        return jax.jit(functools.partial(encode_batch, self.model))
+
+    def prepare(self, host: dict[str, Any], place: Callable[[Mesh, Any], Any] = shard_rows) -> Batch:
+        positions = tuple(host["frame_positions"])
+        batch = place(self.mesh, {name: value for name, value in host.items() if name != "frame_positions"})
+        if "frames" in batch:
+            batch = {**self.encode(self.encoders, batch), "subject_cells": batch["subject_cells"]}
+            chosen = jnp.array(positions)
+            batch |= {name: batch[name][:, chosen] for name in ("clean_latents", "reference_latents") if name in batch}
+        return as_batch(batch, positions)
+
+    def loss(self, trained: Params, frozen: Any, batch: Batch, keys: Array) -> Any:
+        dit, lora = self.join(trained, frozen["dit"])
+        with on_mesh(self.mesh):
+            return flow_matching(self.in_training, self.task.objective, dit, lora, frozen["null"], batch, keys)
+
+    @functools.cached_property
+    def level_error(self) -> Callable[..., Any]:
+        """Sum and count of the squared error of the clips at one noise level, the same noise every time."""
+
+        def error(trained: Params, frozen: Any, batch: Batch, sigma: Array) -> Any:
+            dit, lora = self.join(trained, frozen["dit"])
+            size = len(batch.clean_latents)
+            keys = jax.random.split(jax.random.key(self.seed), size)
+            with on_mesh(self.mesh):
+                sigmas = jnp.full(size, sigma)
+                sums = velocity_error(self.in_training, self.task.objective, dit, lora, batch, sigmas, keys)
+            return sums["loss_video"]
+
+        return jax.jit(error)
+
+    def validate(self, fixed: list[Batch], trained: Params) -> dict[str, Any]:
+        levels = {}
+        for sigma in VALIDATION_SIGMAS:
+            sums = [self.level_error(trained, self.frozen, batch, sigma) for batch in fixed]
+            levels[f"{sigma:g}"] = float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+        return {"validation_loss": float(np.mean(list(levels.values()))), "validation_loss_by_sigma": levels}
+
+    def sample(self, source: Source, trained: Params) -> Samples:
+        dit, _ = self.join(trained, self.frozen["dit"])
+        if isinstance(self.task.trainable, LoraConfig):
+            dit = apply_loras(dit, [(trained_lora(on_host(trained), self.task.trainable, self.model.dit), 1.0)])
+        model = pipeline.Model(self.model, self.encoders | {"dit": dit}, self.tokenizer, self.mesh)
+        return make_samples(model, [source[i] for i in range(min(SAMPLES, len(source)))])
+
+    def work(self, host: dict[str, Any]) -> Work:
+        rows, *latents = host["subject_cells"].shape
+        shape = (batch_share(self.mesh).batch_size(rows), *latents, self.model.vae.latent_channels)
+        return dit_work(self.model, shape, frozen_kernels=isinstance(self.task.trainable, LoraConfig))
+
+
+def make_row(
+    model: ModelConfig, tokenizer: Any, task: DiTTask, record: ClipRecord, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """One row of a batch: encoded, if the record is."""
+    if record.cases:
+        return clips.choose_case(record, rng, model.dit.text_len)
+    target = task.objective.first_frame_target
+    return clips.example_arrays(clips.make_example(model, tokenizer, record, rng, task.choice, target))
+
+
+def read_networks(task: DiTTask, model: ModelConfig, mesh: Mesh, seed: int) -> tuple[Params, dict[str, Params]]:
+    """The DiT to start from, and the frozen networks, on the mesh."""
+    abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
+    check_trainable(task, model, abstract["dit"])
+    abstract = {name: tree for name, tree in abstract.items() if name != "dit" or task.start == "folder"}
+    _, params = checkpoint.restore_model(task.folder, abstract)
+    if task.start == "random":
+        params |= init_random(model, mesh, seed, only=("dit",))
+    return params.pop("dit"), params
+
+
+def model_config(task: DiTTask) -> ModelConfig:
+    """The model to train: what the task says, with the frozen networks that the folder has."""
+    stored = load_model_config(task.folder)
+    if task.model is None:
+        return stored
+    has_images = task.model.dit.image_dim is not None
+    return dataclasses.replace(
+        task.model,
+        vae=stored.vae,
+        text_encoder=stored.text_encoder,
+        image_encoder=stored.image_encoder if has_images else None,
+    )
+
+
+def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source | None]:
+    """Records to train on and to validate on."""
+    data = task.data
+    if isinstance(data, EmojiData):
+        held_out = data.validation_clips
+        return (
+            EmojiSource(data.world, "train", seed + 1, data.num_clips),
+            EmojiSource(data.world, "held_out", seed + 1, held_out) if held_out else None,
+        )
+    return open_records(data.folders), open_records(data.validation_folders) if data.validation_folders else None
+
+
+def open_batches(
+    source: Source,
+    task: DiTTask,
+    make: clips.Make,
+    seed: int,
+    mesh: Mesh,
+) -> clips.Batches:
+    return clips.Batches(source, task.phases, make, seed, rows=batch_share(mesh).rows)
+
+
+def check_trainable(task: DiTTask, model: ModelConfig, abstract_dit: Params) -> None:
+    """Refuses names that no parameter or layer has.
+
+    Raises:
+        ValueError: lists those there are.
+    """
+    if isinstance(task.trainable, LoraConfig):
+        jax.eval_shape(functools.partial(init_lora, model.dit, task.trainable), jax.random.key(0))
+    else:
+        split_params(abstract_dit, task.trainable)
+
+
+def choose_trainable(
+    task: DiTTask, config: TrainConfig, model: ModelConfig, mesh: Mesh, dit: Params, out: pathlib.Path
+) -> tuple[Params, Params, ParamSpecs, Join, Callable[[Params], str]]:
+    """What is trained, what stays, how both are one model again, and what is written in the end."""
+    if isinstance(task.trainable, LoraConfig):
+        lora_config = task.trainable
+        lora = init_lora(model.dit, lora_config, jax.random.key(config.seed))
+
+        def write(trained: Params) -> str:
+            file = out / "lora.safetensors"
+            finished = trained_lora(on_host(trained), lora_config, model.dit)
+            on_first(lambda: write_lora(file, finished, "original"))
+            return f"wrote {file}; next: python sample.py --model {task.folder} --lora {file}"
+
+        return lora, dit, PARAM_SPECS["lora"], lambda lora, dit: (dit, scale_lora(lora_config, lora)), write
+
+    trained, rest = split_params(dit, task.trainable)
+
+    def write_model(trained: Params) -> str:
+        folder = out / "model"
+        on_first(lambda: copy_networks(task.folder, folder, but="dit"))
+        checkpoint.save_model(folder, model, {"dit": join_params(trained, rest)}, config.save_dtype)
+        return f"wrote {folder}; next: python sample.py --model {folder}"
+
+    return trained, rest, PARAM_SPECS["dit"], lambda trained, rest: (join_params(trained, rest), None), write_model
+
+
+def as_batch(arrays: dict[str, Array], frame_positions: tuple[int, ...]) -> Batch:
+    arrays = dict(arrays)
+    clean, cells = arrays.pop("clean_latents"), arrays.pop("subject_cells")
+    return Batch(clean, cells, Conditioning(**arrays), frame_positions)
+
+
+def blank_conditioning(model: ModelConfig, tokenizer: Any, params: dict[str, Params]) -> Null:
+    """No prompt and an empty canvas, in the model's own size."""
+    sampling = model.sampling
+    blank = prepare_case(
+        model,
+        tokenizer,
+        "",
+        [],
+        num_frames=sampling.num_frames,
+        height=sampling.height,
+        width=sampling.width,
+        num_subjects=1,
+    )
+    encode = jax.jit(lambda params, arrays: encode_cases(pipeline.encoders(model, params), arrays, sampling.num_frames))
+    conditioning = jax.tree.map(lambda leaf: leaf[0], encode(params, stack_cases([blank])))
+    return Null(conditioning.text_embeddings, conditioning.reference_latents, conditioning.image_embeddings)
+
+
+def validation_batches(
+    source: Source,
+    make: clips.Make,
+    prepare: Callable[[dict[str, Any]], Batch],
+    seed: int,
+    batch_size: int = 8,
+) -> list[Batch]:
+    """The fixed set: all records of a source, each as its own number says, grouped by size."""
+    batches = []
+    by_size: dict[Any, list[int]] = {}
+    for index, size in enumerate(source.sizes):
+        by_size.setdefault(size, []).append(index)
+    for indices in by_size.values():
+        for start in range(0, len(indices) - batch_size + 1, batch_size):
+            rows = [make(source[i], np.random.default_rng([seed, i])) for i in indices[start : start + batch_size]]
+            host: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            cells = host["subject_cells"]
+            batches.append(prepare(host | {"frame_positions": tuple(range(cells.shape[1]))}))
+    return batches
+
+
+def make_samples(model: pipeline.Model, records: list[ClipRecord]) -> Samples:
+    """Of the records' first captions and the first views of their references."""
+    requests = []
+    for index, record in enumerate(records):
+        caption = record.captions[0]
+        images = [clips.view_image(reference.views[0]) for reference in record.references]
+        requests.append(pipeline.Request(caption.text, images, clips.caption_subjects(record, caption), key=str(index)))
+    videos = pipeline.generate(model, requests)
+    rows = [
+        SheetRow(
+            references=list(request.images),
+            canvas=Image.fromarray(video.case.canvas.image),
+            frames=video.frames,
+            caption=request.prompt,
+        )
+        for request, video in zip(requests, videos, strict=True)
+    ]
+    return Samples(contact_sheet(rows), [video.frames for video in videos], model.config.fps)
