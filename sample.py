@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add(how, "lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="added to the transformer; repeat")
     add(how, "steps", type=int, help="solver steps")
     add(how, "guidance", type=float, help="how strictly to follow the prompt; 1 is twice as fast")
+    add(how, "reference_guidance", type=float, help="how strictly to follow the references; 1 is not to ask for more")
     add(how, "shift", type=float, help="above 1, more steps are spent near noise")
     add(how, "solver", help="unipc, dpm++ or euler")
     add(how, "step_cache", metavar="FILE[:THRESHOLD]", help="skip steps by a table of magref_jax.evaluation.step_cache")
@@ -149,6 +150,7 @@ def read_overrides(arguments: argparse.Namespace, config: ModelConfig, checks: C
     flags = {
         "steps": {"num_inference_steps": arguments.steps},
         "guidance": {"guidance_scale": arguments.guidance},
+        "reference_guidance": {"reference_guidance_scale": arguments.reference_guidance},
         "shift": {"flow_shift": arguments.shift},
         "solver": {"solver": arguments.solver},
         "frames": {"num_frames": arguments.frames},

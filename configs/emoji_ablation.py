@@ -31,7 +31,11 @@ config = dataclasses.replace(
             model,
             dit=dataclasses.replace(model.dit, dim=128, ffn_dim=384, num_heads=4, num_layers=4),
             sampling=dataclasses.replace(
-                model.sampling, height=world.height, num_frames=world.num_frames + 1, num_inference_steps=20
+                model.sampling,
+                height=world.height,
+                num_frames=world.num_frames + 1,
+                num_inference_steps=20,
+                reference_guidance_scale=1.0,  # as in the paper
             ),
         ),
         data=EmojiData(world, num_clips=2500),
@@ -39,6 +43,7 @@ config = dataclasses.replace(
             Phase(num_steps=1500, batch_size=16, max_references=1),
             Phase(num_steps=1500, batch_size=16),
         ),
+        objective=dataclasses.replace(task.objective, blank_dropout=0.0),
         choice=Choice(cross_pair=0.3, drop_reference=0.0, larger_layout=0.0),
     ),
     optimizer=dataclasses.replace(emoji.optimizer, cycle_steps=(2800,)),

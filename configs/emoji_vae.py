@@ -59,6 +59,7 @@ model = ModelConfig(
         num_inference_steps=30,
         flow_shift=3.0,
         guidance_scale=3.0,
+        reference_guidance_scale=None,  # as toward the prompt
         layout="v1",  # every reference in the size it has in the video
         negative_prompt="",
     ),

@@ -166,7 +166,10 @@ class SamplingConfig:
     num_frames: int = 81  # before drop_frames
     num_inference_steps: int = 40
     flow_shift: float = 3.0
-    guidance_scale: float = 5.0
+    guidance_scale: float = 5.0  # toward the prompt
+    reference_guidance_scale: float | None = (
+        1.0  # toward the references; None is guidance_scale, 1 the official sampler
+    )
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
     layout: Layout = "v2"
     mask_mode: MaskMode = "region"

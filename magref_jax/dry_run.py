@@ -102,7 +102,7 @@ def describe(
     )
     tokens = int(np.prod([size // patch for size, patch in zip(latents, dit.patch_size, strict=True)]))
     image_tokens = 0 if config.image_encoder is None else config.image_encoder.num_tokens
-    branches = len(pipeline.guidance_branches(sampling.guidance_scale))
+    branches = len(pipeline.guidance(config))
     evaluations = sampling.num_inference_steps if step_plan is None else step_plan.num_evaluations
     per_step = branches * dit_flops(dit, tokens, text_tokens + image_tokens)
     num_cases = sum(map(len, batches))

@@ -329,6 +329,9 @@ def parameters_text(settings: CaseSettings) -> str:
         "Frames": sampling["num_frames"],
         "Model": settings["model"]["file"],
     }
+    of_references = sampling["reference_guidance_scale"]
+    if of_references != 1:
+        facts["Reference CFG scale"] = sampling["guidance_scale"] if of_references is None else of_references
     if settings["loras"]:
         facts["Lora"] = ", ".join(f"{lora['file']}: {lora['strength']}" for lora in settings["loras"])
     # Quotes where the text would look like several facts.

@@ -39,7 +39,14 @@ from magref_jax.conditioning.case import (
     stack_cases,
     tokenize,
 )
-from magref_jax.conditioning.inputs import Conditioning, concatenate_channels, concatenate_tokens, drop_text
+from magref_jax.conditioning.inputs import (
+    Conditioning,
+    canvas_frames,
+    concatenate_channels,
+    concatenate_tokens,
+    drop_references,
+    drop_text,
+)
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject, clean_prompt
 from magref_jax.config import ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config
@@ -57,6 +64,7 @@ from magref_jax.diffusion.sampling import (
 )
 from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.distributed import check_equal, on_host
+from magref_jax.images import WHITE
 from magref_jax.models import vae
 from magref_jax.models.dit import Context, DiT, SubjectInjection, encode_context
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
@@ -199,6 +207,7 @@ class Model:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        reference_guidance_scale: float | None = None,
         flow_shift: float | None = None,
         solver: str | None = None,
         layout: str | None = None,
@@ -225,7 +234,9 @@ class Model:
             height: In pixels.
             width: In pixels.
             num_inference_steps: Solver steps.
-            guidance_scale: 1 is without guidance, at half the work.
+            guidance_scale: Toward the prompt; 1 is without guidance, at half the work.
+            reference_guidance_scale: Toward the references. 1 is without; the same as `guidance_scale` guides toward both at
+                once; any other number is half as much work again.
             flow_shift: Above 1, more steps are spent near noise.
             solver: "unipc", "dpm++" or "euler".
             layout: Of the canvas, "v1" or "v2".
@@ -264,6 +275,7 @@ class Model:
             "width": width,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "reference_guidance_scale": reference_guidance_scale,
             "flow_shift": flow_shift,
             "solver": solver,
             "layout": layout,
@@ -420,8 +432,13 @@ def with_sampling(config: ModelConfig, **overrides: Any) -> ModelConfig:
             "the canvas and are dropped."
         )
     make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift)
-    if not math.isfinite(sampling.guidance_scale):
-        raise ValueError(f"guidance_scale={sampling.guidance_scale} must be a finite number.")
+    for name in ("guidance_scale", "reference_guidance_scale"):
+        if not math.isfinite(getattr(sampling, name) or 0):
+            raise ValueError(f"{name}={getattr(sampling, name)} must be a finite number.")
+    if "blank" in guidance(dataclasses.replace(config, sampling=sampling)) and not takes_references(config):
+        raise ValueError(
+            f"reference_guidance_scale={sampling.reference_guidance_scale} must be 1: this is a text-to-video model."
+        )
     for name, allowed in (("layout", canvas.LIMITS), ("mask_mode", MODES)):
         if getattr(sampling, name) not in allowed:
             raise ValueError(f"{name}={getattr(sampling, name)!r} is unknown; choose from {', '.join(allowed)}.")
@@ -487,8 +504,9 @@ class DiTInputs:
     context: Context
 
 
-def _guidance(config: ModelConfig) -> dict[str, float]:
-    return guidance_branches(config.sampling.guidance_scale)
+def guidance(config: ModelConfig) -> dict[str, float]:
+    """The weight of every branch that a step computes."""
+    return guidance_branches(config.sampling.guidance_scale, config.sampling.reference_guidance_scale)
 
 
 def _static(config: ModelConfig, mesh: Mesh | None) -> dict[str, dict[str, Any]]:
@@ -498,9 +516,9 @@ def _static(config: ModelConfig, mesh: Mesh | None) -> dict[str, dict[str, Any]]
         kept = {name: getattr(config.sampling, name) for name in names}
         return dataclasses.replace(config, sampling=SamplingConfig(**kept), fps=1.0)
 
-    loop = only("solver", "num_inference_steps", "flow_shift", "guidance_scale")
+    loop = only("solver", "num_inference_steps", "flow_shift", "guidance_scale", "reference_guidance_scale")
     return {
-        "encode": {"config": only("num_frames", "solver"), "branches": tuple(_guidance(config)), "mesh": mesh},
+        "encode": {"config": only("num_frames", "solver"), "branches": tuple(guidance(config)), "mesh": mesh},
         "advance": {"config": loop, "mesh": mesh},
         "decode": {"config": only()},
     }
@@ -521,9 +539,15 @@ def _encode(
     negative = {name: arrays.pop(f"negative_{name}") for name in ("token_ids", "attention_mask")}
     conditioning = encode_cases(networks, arrays, config.sampling.num_frames)
     made = {"conditional": conditioning}
-    if "unconditional" in branches:
+    nobody = jnp.zeros(len(noise), bool)
+    if "unconditional" in branches or "blank" in branches:
         null_text = encode_text(networks, negative["token_ids"], negative["attention_mask"])
-        made["unconditional"] = drop_text(conditioning, jnp.zeros(len(noise), bool), null_text)
+        made["unconditional"] = drop_text(conditioning, nobody, null_text)
+    if "blank" in branches:
+        white = jnp.full((1, *arrays["canvas"].shape[1:]), WHITE, jnp.uint8)
+        frames = canvas_frames(white, config.sampling.num_frames)
+        image_embeddings = None if networks.image is None else networks.image(frames[:, 0])[0]
+        made["blank"] = drop_references(made["unconditional"], nobody, networks.frames(frames)[0], image_embeddings)
     chosen = [made[name] for name in branches]
     finite = {
         name: jnp.stack([_is_finite(getattr(branch, name)) for branch in chosen]).all(axis=0)
@@ -558,7 +582,7 @@ def _advance(
             make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift),
             stop,
             solver=sampling.solver,
-            guidance=_guidance(config),
+            guidance=guidance(config),
             step_plan=step_plan,
         )
     # As it came: the next call is to find the program of this one.
@@ -616,7 +640,7 @@ def _prepare_batch(
         raise ValueError(f"initial_noise has shape {np.shape(initial_noise)}, expected {expected}.")
 
     rows = max(len(requests), batch_size or 1)
-    rows += -rows % batch_multiple(mesh, len(_guidance(config)))
+    rows += -rows % batch_multiple(mesh, len(guidance(config)))
     chosen = [min(row, len(requests) - 1) for row in range(rows)]
     arrays = stack_cases([cases[row] for row in chosen])
     for name in ("token_ids", "attention_mask"):

@@ -39,7 +39,6 @@ from magref_jax import pipeline
 from magref_jax.checkpoint import Params
 from magref_jax.config import ModelConfig, Remat, load_model_config
 from magref_jax.data.precompute import encode_batch
-from magref_jax.diffusion.sampling import guidance_branches
 from magref_jax.files import replacing
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
 from magref_jax.models.dit import dit_flops
@@ -509,7 +508,7 @@ def sampling_program(
     in_sampling = {"attention": _attention(config, target, attention)}
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, **in_sampling))
     made = make_mesh(mesh, devices(target))
-    branches = len(guidance_branches(config.sampling.guidance_scale))
+    branches = len(pipeline.guidance(config))
     batch_size += -batch_size % batch_multiple(made, branches)
     text_tokens = min(text_tokens, config.dit.text_len)
     whole = NamedSharding(made, P())
@@ -779,7 +778,7 @@ def auto_sampling(
 ) -> list[Plan]:
     """As `auto_training`, for a solver's step."""
     target = parse_topology(topology)
-    rows = batch_size * len(guidance_branches(config.sampling.guidance_scale))
+    rows = batch_size * len(pipeline.guidance(config))
     meshes = _promising(mesh_candidates(target.num_devices, rows, config), most)
     return rank(plan_sampling(config, topology, mesh, batch_size=batch_size, **options) for mesh in meshes)
 

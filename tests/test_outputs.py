@@ -212,6 +212,9 @@ def test_parameters_of_a_plain_case():
     plain = {**settings, "prompt": "a fox", "sampling": sampling, "loras": [], "model": {"file": "a, b", "sha256": ""}}
     facts = 'Steps: 4, Sampler: unipc, CFG scale: 5.0, Shift: 3.0, Seed: 1, Size: 32x32, Frames: 5, Model: "a, b"'
     assert outputs.parameters_text(plain) == f"a fox\n{facts}"
+    for scale, said in ((3.0, 3.0), (None, 5.0)):
+        strict = {**plain, "sampling": {**sampling, "reference_guidance_scale": scale}}
+        assert outputs.parameters_text(strict) == f"a fox\n{facts}, Reference CFG scale: {said}"
 
 
 def test_is_finished_only_with_these_settings_and_undamaged_files(tmp_path):

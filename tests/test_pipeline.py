@@ -176,11 +176,34 @@ def test_guidance_is_one_evaluation_of_twice_the_batch_and_none_at_a_scale_of_1(
         return dit(self, latents, timesteps, *args, **kwargs)
 
     monkeypatch.setattr(pipeline.DiT, "__call__", spy)
-    for guidance_scale in (2.5, 1.0, 0.0):
-        config = pipeline.with_sampling(CONFIG, guidance_scale=guidance_scale)
+    for scales, rows in (((2.5, 1.0), 6), ((1.0, 1.0), 3), ((0.0, 1.0), 3), ((2.5, 2.5), 6), ((2.5, 2.0), 9)):
+        options = dict(zip(("guidance_scale", "reference_guidance_scale"), scales, strict=True))
+        config = pipeline.with_sampling(CONFIG, **options)
         pipeline.lower(config, model.tokenizer, model.params, request(), batch_size=3)
         found, batches[:] = set(batches), []
-        assert found == ({6} if guidance_scale == 2.5 else {3})
+        assert found == {rows}
+
+
+def test_the_blank_branch_is_what_no_prompt_and_no_references_give(model):
+    def encoded(of_request, branch):
+        _, arrays, noise = pipeline._prepare_batch(CONFIG, model.tokenizer, [of_request], None, None, None, None)
+        inputs, _, finite = pipeline._encode(model.params, arrays, noise, config=CONFIG, branches=(branch,), mesh=None)
+        assert all(map(np.all, finite.values()))
+        return inputs.conditioning
+
+    blank = encoded(request(), "blank")
+    nothing = encoded(
+        dataclasses.replace(request(), prompt="blue", images=(), subjects=()), "conditional"
+    )  # the negative
+    for name in ("text_embeddings", "image_embeddings", "reference_latents", "region_mask"):
+        np.testing.assert_allclose(getattr(blank, name), getattr(nothing, name), atol=1e-5, err_msg=name)
+    assert not blank.subject_tokens.any()
+    assert not blank.subject_regions.any()
+
+
+def test_reference_guidance_changes_the_video(model, video):
+    guided = generate(model, [request()], reference_guidance_scale=CONFIG.sampling.guidance_scale)
+    assert difference(guided.frames[0], video.frames) > 1
 
 
 def test_without_guidance_the_negative_prompt_does_nothing_and_steps_are_reported_in_order(model, video):
@@ -423,6 +446,8 @@ def test_text_to_video_without_references_runs_and_refuses_them(model):
     assert difference(*result.frames) > 1
     with pytest.raises(ValueError, match="2 reference images given, but this is a text-to-video model"):
         generate(text_to_video, [request()])
+    with pytest.raises(ValueError, match="reference_guidance_scale=2.0 must be 1: this is a text-to-video model"):
+        generate(text_to_video, [Request("a fish")], reference_guidance_scale=2.0)
 
 
 def test_a_mesh_gives_the_same_videos_and_rounds_the_batch_up(model, video):
@@ -451,6 +476,7 @@ def test_a_model_can_be_loaded_onto_a_mesh(model, model_folder):  # noqa: F811
         ({"num_inference_steps": 0}, r"num_inference_steps=0 must be at least 1"),
         ({"flow_shift": 0.0}, r"flow_shift=0.0 must be positive"),
         ({"guidance_scale": float("nan")}, r"guidance_scale=nan must be a finite"),
+        ({"reference_guidance_scale": float("inf")}, r"reference_guidance_scale=inf must be a finite"),
         ({"solver": "ddim"}, r"solver='ddim' is unknown; choose from unipc, dpm\+\+, euler"),
         ({"layout": "v3"}, r"layout='v3' is unknown; choose from v1, v2"),
         ({"mask_mode": "none"}, r"mask_mode='none' is unknown; choose from region, full"),

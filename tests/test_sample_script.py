@@ -190,7 +190,7 @@ def test_one_prompt_is_one_video_and_the_next_command_another(model_folder, work
 
 ALL_FLAGS = (
     "--prompts cases.jsonl --seed 5 --size 16x8 --frames 3 --fps 12 --layout v2:input --strict_parity --negative fish "
-    "--steps 4 --guidance 1 --shift 5 --solver euler --batch_size 2 --mesh data=8 --out a/made --no_metadata"
+    "--steps 4 --guidance 1 --reference_guidance 2 --shift 5 --solver euler --batch_size 2 --mesh data=8 --out a/made --no_metadata"
 )
 
 
@@ -218,6 +218,7 @@ def test_every_option_reaches_the_videos(model_folder, work, capsys):
         "num_frames": 3,
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
+        "reference_guidance_scale": 2.0,
         "flow_shift": 5.0,
         "solver": "euler",
         "layout": "v2",
@@ -306,6 +307,7 @@ OPTIONS = {
     "out": ("results", pathlib.Path("results")),
     "steps": ("50", 50),
     "guidance": ("4.5", 4.5),
+    "reference_guidance": ("2", 2.0),
     "shift": ("3", 3.0),
     "solver": ("unipc", "unipc"),
     "fps": ("24", 24.0),
@@ -435,6 +437,10 @@ WRONG = {
     "steps": ([*APPLE, "--num_inference_steps", "0"], "--steps 0: num_inference_steps=0 must be at least 1"),
     "steps in words": ([*APPLE, "--steps", "many"], "argument --steps: invalid int value: 'many'"),
     "shift": ([*APPLE, "--shift", "-1"], "--shift -1.0: flow_shift=-1.0 must be positive"),
+    "reference guidance": (
+        [*APPLE, "--reference_guidance", "inf"],
+        "--reference_guidance inf: reference_guidance_scale=inf must be a finite number",
+    ),
     "guidance": ([*APPLE, "--guidance", "inf"], "--guidance inf: guidance_scale=inf must be a finite number"),
     "solver": ([*APPLE, "--solver", "ddim"], "--solver ddim: solver='ddim' is unknown; choose from unipc"),
     "layout": ([*APPLE, "--layout", "v3"], "--layout v3: layout='v3' is unknown; choose from v1, v2"),

@@ -59,9 +59,19 @@ def plan_arrays(plan: StepPlan | None) -> PlanArrays | None:
     return PlanArrays(np.asarray(plan.evaluate), np.asarray(plan.weights, np.float32))
 
 
-def guidance_branches(guidance_scale: float) -> dict[str, float]:
-    """Classifier-free guidance u + s·(c − u) as a weight per branch; a branch of weight 0 is left out."""
-    weights = {"conditional": float(guidance_scale), "unconditional": 1.0 - guidance_scale}
+def guidance_branches(guidance_scale: float, reference_guidance_scale: float | None = 1.0) -> dict[str, float]:
+    """Guidance b + r·(u − b) + s·(c − u) as a weight per branch; a branch of weight 0 is left out.
+
+    c sees prompt and references, u (`unconditional`) the references alone, b (`blank`) neither; s and r are the scales of
+    prompt and references. r = 1 is classifier-free guidance u + s·(c − u), r = s (None) that of both at once, b + s·(c − b),
+    for as much work. Two scales: InstructPix2Pix, arXiv:2211.09800; for references of a video: Phantom, arXiv:2502.11079.
+    """
+    of_references = guidance_scale if reference_guidance_scale is None else reference_guidance_scale
+    weights = {
+        "conditional": float(guidance_scale),
+        "unconditional": float(of_references) - guidance_scale,
+        "blank": 1.0 - of_references,
+    }
     return {branch: weight for branch, weight in weights.items() if weight}
 
 

@@ -26,7 +26,7 @@ MAX_SKIPS = 3  # in a row
 KEEP_FIRST = 0.2  # share of the steps
 
 # Fields of `SamplingConfig` that a run must share with the table it is planned by.
-SETTINGS = ("solver", "num_inference_steps", "flow_shift", "guidance_scale")
+SETTINGS = ("solver", "num_inference_steps", "flow_shift", "guidance_scale", "reference_guidance_scale")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from magref_jax import pipeline
 from magref_jax.conditioning.canvas import compose_canvas
 from magref_jax.conditioning.subjects import Subject
+from magref_jax.config import SamplingConfig
 from magref_jax.data.emoji_clips import clip_images
 from magref_jax.data.emoji_world import Clip, EmojiWorldConfig, sample_clip
 from magref_jax.evaluation.emoji_metrics import METRICS, Estimate, Scores, evaluate, other_case, score_clip, summarise
@@ -55,6 +56,7 @@ class Arguments:
     seed: int = 0  # of cases and noise
     steps: int | None = None
     guidance: float | None = None
+    reference_guidance: float | None = None
     shift: float | None = None
     # Size and number of frames are the model's.
     data: EmojiWorldConfig = dataclasses.field(default_factory=EmojiWorldConfig)
@@ -66,7 +68,12 @@ class Arguments:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        names = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "flow_shift": self.shift}
+        names = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "reference_guidance_scale": self.reference_guidance,
+            "flow_shift": self.shift,
+        }
         return {name: value for name, value in names.items() if value is not None}
 
 
@@ -122,6 +129,13 @@ def write_table(columns: Columns, data: EmojiWorldConfig) -> str:
         cells.append("" if metric.chance is None else f"{metric.chance(data):.3f}")
         lines.append(f"| {metric.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _guidance(sampling: SamplingConfig) -> str:
+    of_references = sampling.reference_guidance_scale
+    if of_references in (None, sampling.guidance_scale):
+        return f"{sampling.guidance_scale:g} toward prompt and references"
+    return f"{sampling.guidance_scale:g} toward the prompt and {of_references:g} toward the references"
 
 
 def _sheet_row(clip: Clip, frames: UInt8[np.ndarray, "F H W 3"], canvas: Image.Image, scores: Scores) -> SheetRow:
@@ -189,7 +203,7 @@ def run_benchmark(arguments: Arguments, model: pipeline.Model) -> Columns:
     (arguments.out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     summary = (
         f"{arguments.cases} held-out cases ({count} for shuffled references), seed {seed}; {sampling.solver}, "
-        f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.flow_shift:g}. "
+        f"{sampling.num_inference_steps} steps, guidance {_guidance(sampling)}, shift {sampling.flow_shift:g}. "
         "In brackets: 95 % interval, videos resampled."
     )
     (arguments.out / "results.md").write_text(f"{table}\n\n{summary}\n", encoding="utf-8")

@@ -45,6 +45,7 @@ class Arguments:
     # The rest are the model's if not given.
     steps: int | None = None
     guidance: float | None = None
+    reference_guidance: float | None = None
     shift: float | None = None
     solver: str | None = None
     frames: int | None = None
@@ -62,6 +63,7 @@ class Arguments:
         fields = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
+            "reference_guidance_scale": self.reference_guidance,
             "flow_shift": self.shift,
             "solver": self.solver,
             "num_frames": self.frames,

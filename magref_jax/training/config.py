@@ -48,7 +48,8 @@ class OptimizerConfig:
 class ObjectiveConfig:
     """Flow matching: which noise levels are trained, what they weigh, and what is left out of the conditioning.
 
-    Guidance needs only `text_dropout`: its null branch keeps the references.
+    Guidance toward the prompt needs `text_dropout`: its null branch keeps the references. Guidance toward the references needs
+    `blank_dropout`.
     """
 
     first_frame_target: FirstFrameTarget = "canvas"  # what latent frame 0 shows: the canvas, then the clip, or the clip
@@ -58,6 +59,7 @@ class ObjectiveConfig:
     subject_weight: float = 1.0  # of latent cells that show a subject, against 1 elsewhere
     text_dropout: float = 0.1
     reference_dropout: float = 0.05
+    blank_dropout: float = 0.05  # text and references together
     injection_dropout: float = 0.1
 
 

@@ -37,10 +37,14 @@ class Null:
 
 
 def drop_conditioning(batch: Batch, null: Null, objective: ObjectiveConfig, keys: Key[Array, "B"]) -> Conditioning:
-    """Independently per sample: no text (what guidance needs), no references, no injection."""
+    """Independently per sample: no text, no references, neither of them, no injection."""
     conditioning = batch.conditioning
-    rates = jnp.array([objective.text_dropout, objective.reference_dropout, objective.injection_dropout], jnp.float32)
-    keep_text, keep_references, keep_injection = ~jax.vmap(lambda key: jax.random.bernoulli(key, rates))(keys).T
+    kinds = ("text", "reference", "injection", "blank")
+    rates = jnp.array([getattr(objective, f"{kind}_dropout") for kind in kinds], jnp.float32)
+    keep_text, keep_references, keep_injection, keep_any = ~jax.vmap(lambda key: jax.random.bernoulli(key, rates))(
+        keys
+    ).T
+    keep_text, keep_references = keep_text & keep_any, keep_references & keep_any
     conditioning = drop_text(conditioning, keep_text, null.text_embeddings)
     if conditioning.reference_latents is not None and null.reference_latents is not None:
         blank = null.reference_latents[jnp.array(batch.frame_positions)]

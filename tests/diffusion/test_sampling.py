@@ -45,6 +45,25 @@ def test_guidance_weights_are_those_of_classifier_free_guidance():
     assert guidance_branches(0.0) == {"unconditional": 1.0}
 
 
+def test_two_guidance_scales_are_those_of_phantom(noise):
+    """Its generate.py: neg + scale_img * (pos_i - neg) + scale_text * (pos_it - pos_i), in the defaults 5 and 7.5."""
+    assert guidance_branches(7.5, 5.0) == {"conditional": 7.5, "unconditional": -2.5, "blank": -4.0}
+
+    def blank(latents, timesteps):
+        return jnp.exp(-jnp.abs(latents))
+
+    t = jnp.full(8, 300.0)
+    found = guide(stacked(conditional, unconditional, blank), guidance_branches(7.5, 5.0))(noise, t)
+    pos_it, pos_i, neg = (np.asarray(branch(noise, t)) for branch in (conditional, unconditional, blank))
+    np.testing.assert_allclose(found, neg + 5 * (pos_i - neg) + 7.5 * (pos_it - pos_i), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_scales_are_two_branches():
+    assert guidance_branches(4.0, 4.0) == guidance_branches(4.0, None) == {"conditional": 4.0, "blank": -3.0}
+    assert guidance_branches(1.0, None) == {"conditional": 1.0}
+    assert guidance_branches(1.0, 3.0) == {"conditional": 1.0, "unconditional": 2.0, "blank": -2.0}
+
+
 def test_guided_velocity_is_rounded_like_the_official_expression(noise):
     found = guide(BOTH, guidance_branches(5.0))(noise, jnp.full(8, 300.0))
     c, u = (np.asarray(branch(noise, jnp.full(8, 300.0))) for branch in (conditional, unconditional))

@@ -16,7 +16,7 @@ from magref_jax.training.step import sum_gradients
 from tests.tiny_model import CONFIG, random_params
 
 DIT = CONFIG.dit
-PLAIN = ObjectiveConfig(text_dropout=0, reference_dropout=0, injection_dropout=0)
+PLAIN = ObjectiveConfig(text_dropout=0, reference_dropout=0, blank_dropout=0, injection_dropout=0)
 
 
 def batch_and_null(size: int) -> tuple[objectives.Batch, objectives.Null]:
@@ -43,7 +43,7 @@ def keys(size: int) -> jax.Array:
 
 
 def test_dropout_is_per_sample_and_at_the_asked_rates():
-    stage = ObjectiveConfig(text_dropout=0.2, reference_dropout=0.3, injection_dropout=0.4)
+    stage = ObjectiveConfig(text_dropout=0.2, reference_dropout=0.3, blank_dropout=0, injection_dropout=0.4)
     batch, null = batch_and_null(512)
     dropped = objectives.drop_conditioning(batch, null, stage, keys(512))
     text = np.all(dropped.text_embeddings == null.text_embeddings, axis=(1, 2))
@@ -60,6 +60,16 @@ def test_dropout_is_per_sample_and_at_the_asked_rates():
     np.testing.assert_array_equal(
         dropped.reference_latents[~references], batch.conditioning.reference_latents[~references]
     )
+
+
+def test_blank_dropout_takes_text_and_references_together():
+    stage = ObjectiveConfig(text_dropout=0, reference_dropout=0, blank_dropout=0.3, injection_dropout=0)
+    batch, null = batch_and_null(512)
+    dropped = objectives.drop_conditioning(batch, null, stage, keys(512))
+    text = np.all(dropped.text_embeddings == null.text_embeddings, axis=(1, 2))
+    references = np.all(dropped.region_mask == 0, axis=(1, 2, 3, 4))
+    np.testing.assert_array_equal(text, references)
+    np.testing.assert_allclose(text.mean(), 0.3, atol=0.066)
 
 
 def zero_model() -> dict:
