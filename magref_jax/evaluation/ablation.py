@@ -281,6 +281,7 @@ COLUMNS = (
     ("identity_top1", "same", f"identity, top 1 of {NUM_CANDIDATES}"),
     ("identity_top1", "cross_pair", "with cross-pair references"),
     ("similarity", "same", "similarity"),
+    ("region_iou", "same", "region IoU"),
     ("present", "same", "present"),
     ("motion", "same", "motion"),
     ("place", "same", "place"),
