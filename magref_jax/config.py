@@ -167,9 +167,7 @@ class SamplingConfig:
     num_inference_steps: int = 40
     flow_shift: float = 3.0
     guidance_scale: float = 5.0  # toward the prompt
-    reference_guidance_scale: float | None = (
-        1.0  # toward the references; None is guidance_scale, 1 the official sampler
-    )
+    reference_guidance_scale: float | None = 1.0  # toward the references; 1 is the official sampler, None as the prompt
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
     layout: Layout = "v2"
     mask_mode: MaskMode = "region"

@@ -372,7 +372,7 @@ def _starts(config: EmojiWorldConfig) -> tuple[tuple[tuple[str, ...], Int[Array,
         if not fitting:
             raise ValueError(
                 f"motion {motion!r} does not fit: a sprite of sprite_size={config.sprite_size} leaves "
-                f"{config.width}x{config.height} within num_frames={config.num_frames} from all of places={config.places}"
+                f"{config.width}x{config.height} within num_frames={config.num_frames}, whichever of places={config.places} it starts at"
             )
         starts.append((tuple(fitting), np.array(list(fitting.values()))))
     return tuple(starts)

@@ -41,9 +41,8 @@ def drop_conditioning(batch: Batch, null: Null, objective: ObjectiveConfig, keys
     conditioning = batch.conditioning
     kinds = ("text", "reference", "injection", "blank")
     rates = jnp.array([getattr(objective, f"{kind}_dropout") for kind in kinds], jnp.float32)
-    keep_text, keep_references, keep_injection, keep_any = ~jax.vmap(lambda key: jax.random.bernoulli(key, rates))(
-        keys
-    ).T
+    kept = ~jax.vmap(lambda key: jax.random.bernoulli(key, rates))(keys)
+    keep_text, keep_references, keep_injection, keep_any = kept.T
     keep_text, keep_references = keep_text & keep_any, keep_references & keep_any
     conditioning = drop_text(conditioning, keep_text, null.text_embeddings)
     if conditioning.reference_latents is not None and null.reference_latents is not None:

@@ -42,12 +42,18 @@ def keys(size: int) -> jax.Array:
     return jax.random.split(jax.random.key(1), size)
 
 
-def test_dropout_is_per_sample_and_at_the_asked_rates():
-    stage = ObjectiveConfig(text_dropout=0.2, reference_dropout=0.3, blank_dropout=0, injection_dropout=0.4)
+def drop(stage: ObjectiveConfig) -> tuple:
+    """512 samples before and after, and of which of them text and references were dropped."""
     batch, null = batch_and_null(512)
     dropped = objectives.drop_conditioning(batch, null, stage, keys(512))
     text = np.all(dropped.text_embeddings == null.text_embeddings, axis=(1, 2))
     references = np.all(dropped.region_mask == 0, axis=(1, 2, 3, 4))
+    return batch, null, dropped, text, references
+
+
+def test_dropout_is_per_sample_and_at_the_asked_rates():
+    stage = ObjectiveConfig(text_dropout=0.2, reference_dropout=0.3, blank_dropout=0, injection_dropout=0.4)
+    batch, null, dropped, text, references = drop(stage)
     injection = np.all(dropped.subject_tokens == 0, axis=(1, 2))
     # Three standard deviations of a share of 512 at p <= 0.5 are 0.066.
     np.testing.assert_allclose([text.mean(), references.mean()], [0.2, 0.3], atol=0.066)
@@ -64,10 +70,7 @@ def test_dropout_is_per_sample_and_at_the_asked_rates():
 
 def test_blank_dropout_takes_text_and_references_together():
     stage = ObjectiveConfig(text_dropout=0, reference_dropout=0, blank_dropout=0.3, injection_dropout=0)
-    batch, null = batch_and_null(512)
-    dropped = objectives.drop_conditioning(batch, null, stage, keys(512))
-    text = np.all(dropped.text_embeddings == null.text_embeddings, axis=(1, 2))
-    references = np.all(dropped.region_mask == 0, axis=(1, 2, 3, 4))
+    *_, text, references = drop(stage)
     np.testing.assert_array_equal(text, references)
     np.testing.assert_allclose(text.mean(), 0.3, atol=0.066)
 
