@@ -160,7 +160,9 @@ def _forward_by_heads(
     def group(of_heads: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array]:
         query, key, value, bias = of_heads
         blocks = _split(query), _split_bias(bias, num_queries)
-        out, log_total = lax.map(lambda block: _forward(scale, block[0], key, value, block[1]), blocks)
+        _, (out, log_total) = _scan(
+            lambda _, block: (None, _forward(scale, block[0], key, value, block[1])), None, blocks
+        )
         return _join(out, num_queries), _join(log_total, num_queries)
 
     return _by_heads(group, (query, key, value, bias))
@@ -185,7 +187,7 @@ def _attend_backward(
         zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
         # A row of padding has cotangent and delta zero, and so no part in any gradient.
         blocks = (_split(query), _split_bias(bias, num_queries), *map(_split, rest))
-        (of_key, of_value), (of_query, of_bias) = lax.scan(block, zeros, blocks)
+        (of_key, of_value), (of_query, of_bias) = _scan(block, zeros, blocks)
         if bias is not None:
             of_bias = jnp.sum(of_bias, axis=0) if bias.shape[1] == 1 else _join(of_bias, num_queries)
         return _join(of_query, num_queries), of_key.astype(dtype), of_value.astype(dtype), of_bias
@@ -278,7 +280,29 @@ def _by_heads(function: Callable[[Any], Any], arrays: tuple[Any, ...]) -> Any:
     most = max(1, CACHED_LOGITS // (min(num_queries, QUERY_BLOCK) * num_keys))
     size = max(size for size in range(1, min(most, num_heads) + 1) if num_heads % size == 0)
     groups = jax.tree.map(lambda x: x.reshape(num_heads // size, size, *x.shape[1:]), arrays)
-    return jax.tree.map(lambda x: x.reshape(num_heads, *x.shape[2:]), lax.map(function, groups))
+    return jax.tree.map(
+        lambda x: x.reshape(num_heads, *x.shape[2:]), _scan(lambda _, x: (None, function(x)), None, groups)[1]
+    )
+
+
+def _scan(function: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan` whose bfloat16 results are written as integers.
+
+    To write one piece of a bfloat16 array, XLA (of jax 0.10.2) converts all of it on a CPU.
+    """
+    dtypes = jax.tree.map(lambda x: x.dtype, jax.eval_shape(function, start, jax.tree.map(lambda x: x[0], xs))[1])
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        carry, results = function(carry, x)
+        return carry, jax.tree.map(lambda x: _as(jnp.uint16, x) if x.dtype == jnp.bfloat16 else x, results)
+
+    last, results = lax.scan(step, start, xs)
+    return last, jax.tree.map(lambda x, dtype: _as(dtype, x), results, dtypes)
+
+
+def _as(dtype: DTypeLike, x: Array) -> Array:
+    """The same bits."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def _split(x: Float[Array, "H Q *rest"]) -> Float[Array, "blocks H block *rest"]:

@@ -89,6 +89,11 @@ def per_token(
     return repeat(modulation, "b g d -> b (g tokens) d", tokens=x.shape[1] // modulation.shape[1])
 
 
+def gelu(x: Float[Array, "*batch D"], approximate: bool = True) -> Float[Array, "*batch D"]:
+    """In float32: the layer that follows rounds once, as torch does, where bfloat16 would round every operation."""
+    return nn.gelu(x.astype(jnp.float32), approximate=approximate)
+
+
 def split_heads(x: Float[Array, "B L D"], config: DiTConfig) -> Float[Array, "B L N K"]:
     return rearrange(x, "b l (n k) -> b l n k", n=config.num_heads)
 
@@ -151,14 +156,14 @@ def embed_context(
     """The layers in front of the blocks, of the module that is calling."""
     # Left to itself, XLA (of jax 0.10.2) cuts these so that on data=2,fsdp=2,tensor=2 the gradient of text_out is wrong.
     text = Linear(config.dim, config.dtype, SMALL, name="text_in")(text_embeddings)
-    text = nn.gelu(constrain(text, "batch", "text", "hidden"), approximate=True)
+    text = gelu(constrain(text, "batch", "text", "hidden"))
     text = constrain(Linear(config.dim, config.dtype, SMALL, name="text_out")(text), "batch", "text", "width")
     image = image_embeddings
     if config.image_dim is not None:
         # The reference projects image tokens with its own epsilon and the exact GELU, unlike everything else here.
         image = LayerNorm(1e-5, name="image_in_norm")(image)
         image = constrain(Linear(config.image_dim, config.dtype, name="image_in")(image), "batch", "text", "hidden")
-        image = Linear(config.dim, config.dtype, name="image_out")(nn.gelu(image, approximate=False))
+        image = Linear(config.dim, config.dtype, name="image_out")(gelu(image, approximate=False))
         image = LayerNorm(1e-5, name="image_out_norm")(constrain(image, "batch", "text", "width"))
     return text, image
 
@@ -209,7 +214,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         cfg = self.config
         x = constrain(Linear(cfg.ffn_dim, cfg.dtype, name="up")(x), "batch", "tokens", "hidden")
-        x = nn.gelu(x, approximate=True)
+        x = gelu(x)
         return constrain(Linear(cfg.dim, cfg.dtype, name="down")(x), "batch", "tokens", "width")
 
 

@@ -103,10 +103,12 @@ def _parameter_gradients_on_cpu(
 ) -> tuple[Float[Array, "D E"], Float[Array, "E"]]:
     x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
     # A copy in row-major order, the only one in which XLA's fast products take it; and a sum that is a product.
-    transposed = with_layout_constraint(x.T, Layout((0, 1)))
+    narrow, wide = (x, cotangent) if x.shape[-1] <= cotangent.shape[-1] else (cotangent, x)
+    transposed = with_layout_constraint(narrow.T, Layout((0, 1)))
+    of_kernel = jnp.dot(transposed, wide, preferred_element_type=jnp.float32)
     ones = jnp.ones((1, len(x)), x.dtype)
-    of_kernel = jnp.dot(transposed, cotangent, preferred_element_type=jnp.float32)
-    return of_kernel, jnp.dot(ones, cotangent, preferred_element_type=jnp.float32)[0]
+    of_bias = jnp.dot(ones, cotangent, preferred_element_type=jnp.float32)[0]
+    return of_kernel if narrow is x else jax.lax.optimization_barrier(of_kernel).T, of_bias
 
 
 class RMSNorm(nn.Module):

@@ -186,3 +186,15 @@ def test_implementation_that_the_device_lacks_is_an_error_and_not_replaced():
 
 def test_structure_holds_no_arrays():
     assert jax.tree.leaves(FULL) == []
+
+
+def test_no_result_of_a_loop_is_copied_whole_to_add_to_it():
+    # XLA makes a bfloat16 update on a CPU of a conversion of all that is there already: 4 ns a number, 16 times over.
+    shape = jax.ShapeDtypeStruct((8, 320, 6, 32), jnp.bfloat16)
+
+    def loss(query, key, value):
+        return jnp.sum(dot_product_attention(query, key, value, implementation="cpu").astype(jnp.float32))
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile().as_text()
+    assert "dynamic-update-slice" in program
+    assert "dynamic-update-slice_convert" not in program

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from magref_jax.config import DiTConfig
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import convert, torch_shapes
-from magref_jax.models.dit import DiT
+from magref_jax.models.dit import DiT, FeedForward
 from tests.parity.torch_random import random_tensors
 
 pytestmark = pytest.mark.parity
@@ -131,3 +131,15 @@ def test_velocity_equals_torch_more_closely_at_small_timesteps(models: Models, c
     assert expected.dtype == np.float64
 
     close("DiT, timesteps below 5", np.asarray(run({"params": params}, *inputs)), expected, 5e-6)
+
+
+def test_the_activation_is_rounded_once_as_in_torch():
+    config = dataclasses.replace(IMAGE_TO_VIDEO, dim=8, ffn_dim=8, num_heads=2, dtype="bfloat16")
+    identity = {
+        name: {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)} for name in ("up", "down")
+    }
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 2, (1, 4096, 8)), jnp.bfloat16)
+    actual = FeedForward(config).apply({"params": identity}, x)
+    expected = torch.nn.functional.gelu(torch.from_numpy(np.asarray(x, np.float32)).bfloat16(), approximate="tanh")
+    # Below -3.5 float32 loses the last digits of 1 + tanh. One rounding more is 1e-2 somewhere.
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected.float().numpy(), rtol=0, atol=4e-6)
