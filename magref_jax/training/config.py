@@ -17,11 +17,15 @@ from magref_jax.models.adapters import LoraConfig
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on float32 weights: linear warm-up, then cosine cycles, each from the peak down to `final_fraction` of it.
+    """AdamW or Muon on float32 weights: linear warm-up, then cosine cycles, each from the peak down to `final_fraction` of it.
+
+    "muon" (github.com/KellerJordan/Muon) makes the momentum of every matrix of the blocks orthogonal, and scales it so that the
+    learning rates of AdamW hold (arXiv:2502.16982); all other parameters are trained by AdamW.
 
     The schedule counts steps from the start of the run, not to its end: a longer run is a continuation of a shorter one.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-5
     warmup_steps: int = 100
     cycle_steps: tuple[

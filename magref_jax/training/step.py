@@ -66,10 +66,11 @@ def state_shardings(
     # optax asks for `init` alone, which a GradientTransformation has; its types say more.
     moments = optax.tree.map_params(
         cast(Any, optimizer),
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,  # one that it does not train
         state.optimizer_state,
         of_params,
         transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     ema = None if state.ema is None else of_params
     return TrainState(whole, whole, of_params, ema, moments, whole)

@@ -175,3 +175,35 @@ def test_steps_of_the_optimiser_equal_torch():
                 params["layer"][name], parameter.detach().numpy(), rtol=0, atol=1e-6, err_msg=name
             )
     assert all(np.abs(params["layer"][name] - array).max() > 0.02 for name, array in start.items())
+
+
+def test_a_step_of_muon_equals_torch():
+    config = OptimizerConfig(method="muon", learning_rate=0.5, warmup_steps=0, clip_norm=1e9)
+    rng = np.random.default_rng(6)
+    shapes = {"up": (3, 8, 20), "down": (3, 20, 8)}  # three layers, one matrix each
+    start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    gradients = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    bias, bias_gradient = np.ones(4, np.float32), rng.standard_normal(4).astype(np.float32)
+
+    def tree(kernels, bias):
+        return {"blocks": {name: {"kernel": kernels[name]} for name in shapes} | {"out": {"bias": bias}}}
+
+    optimizer = make_optimizer(config)
+    params = jax.tree.map(jnp.asarray, tree(start, bias))
+    updates, _ = optimizer.update(tree(gradients, bias_gradient), optimizer.init(params), params)
+    for name in shapes:
+        for layer in range(3):
+            # torch counts rows as outputs.
+            expected = torch.nn.Parameter(torch.from_numpy(start[name][layer].T.copy()))
+            expected.grad = torch.from_numpy(gradients[name][layer].T.copy())
+            torch.optim.Muon(
+                [expected], lr=0.5, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            ).step()
+            expected = expected.detach().numpy().T - start[name][layer]
+            # torch iterates in bfloat16, whose numbers are 2⁻⁸ apart.
+            np.testing.assert_allclose(
+                updates["blocks"][name]["kernel"][layer], expected, atol=0.03 * 0.2 * 0.5 * 20**0.5
+            )
+            assert np.abs(expected).max() > 0.2
+    # The first step of Adam is the sign of the gradient.
+    np.testing.assert_allclose(updates["blocks"]["out"]["bias"], -0.5 * np.sign(bias_gradient), rtol=1e-5)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magref_jax.sharding import PARAM_SPECS, make_mesh
 from magref_jax.training.config import OptimizerConfig
 from magref_jax.training.optimizer import join_params, make_optimizer, make_schedule, split_params
+from magref_jax.training.step import init_state, state_shardings
 
 
 def test_cosine_with_restarts():
@@ -69,3 +71,21 @@ def test_split_and_join():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=f"OptimizerConfig.*{next(iter(options))}"):
         OptimizerConfig(**options)
+
+
+def test_moments_of_both_methods_lie_like_their_parameters():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    params = {
+        "blocks": {"feed_forward": {"up": {"kernel": jnp.ones((2, 8, 16)), "bias": jnp.ones((2, 16))}}},
+        "head": {"out": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}},
+    }
+    for method in ("adamw", "muon"):
+        optimizer = make_optimizer(OptimizerConfig(method=method))
+        state = jax.eval_shape(lambda params, by=optimizer: init_state(params, by, jax.random.key(0)), params)
+        shardings = state_shardings(mesh, state, optimizer, PARAM_SPECS["dit"])
+        state = jax.jit(
+            lambda params, by=optimizer: init_state(params, by, jax.random.key(0)), out_shardings=shardings
+        )(params)
+        cut = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.shape == (2, 8, 16)]
+        assert len(cut) == {"adamw": 2, "muon": 1}[method]  # momentum, and for Adam the second moment
+        assert all(leaf.sharding.shard_shape(leaf.shape) == (2, 2, 8) for leaf in cut)

@@ -1,0 +1,33 @@
+"""Emoji world, once more: the bundled DiT trained further, by Muon, on clips it has not seen.
+
+python train.py configs/emoji_longer.py --output-dir runs/emoji_longer
+"""
+
+import dataclasses
+
+from configs.emoji import config as emoji
+from configs.emoji import task
+from magref_jax.data.clips import Phase
+from magref_jax.training.config import EmojiData, Events, OptimizerConfig
+
+config = dataclasses.replace(
+    emoji,
+    task=dataclasses.replace(
+        task,
+        start="folder",
+        data=EmojiData(task.data.world, num_clips=2400, validation_clips=64),
+        phases=(Phase(num_steps=4000, batch_size=8),),
+    ),
+    optimizer=OptimizerConfig(
+        method="muon",
+        learning_rate=1.2e-3,
+        warmup_steps=100,
+        cycle_steps=(3900,),
+        final_fraction=0.02,
+        b2=0.99,
+        ema_decay=0.998,
+    ),
+    seed=1,  # other clips than before
+    num_steps=4000,
+    events=Events(validation=500, sample=None),
+)
