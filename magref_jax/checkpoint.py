@@ -8,13 +8,15 @@ A model folder is what `sample.py` reads and what training and conversion write:
     MANIFEST.json                                 size and sha256 of every other file
 """
 
+import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,8 @@ Params = Any
 
 NETWORKS = ("dit", "vae", "text_encoder", "image_encoder")
 MANIFEST = "MANIFEST.json"
+CHUNK_BYTES = 2**25  # at most, of what is written: what a device reads of a parameter that is cut over many
+READERS = 16  # chunks that are read at a time; each is in memory up to three times: as stored, decoded, as it is read
 
 
 def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) -> None:
@@ -50,8 +54,9 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
         temporary.rename(folder)
 
     on_first(clear)
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary, params)
+        checkpointer.save(temporary, params, save_args=chunks)
     on_first(replace)
 
 
@@ -61,8 +66,6 @@ class ParamsWriter:
     Chunks in files of their own and no time stamps: the same values give the same bytes, in whatever order they come.
     `restore_params` reads the folder like one that `save_params` wrote.
     """
-
-    CHUNK_BYTES = 2**25  # at most; what a device reads of a parameter that is cut over many
 
     def __init__(
         self, folder: pathlib.Path, abstract: Mapping[str, Any], stacked: Callable[[str], bool], keep: bool = False
@@ -86,7 +89,7 @@ class ParamsWriter:
     def _create(self, path: str, leaf: Any, stacked: bool) -> tensorstore.TensorStore:
         dtype = np.dtype(leaf.dtype)
         chunks = [1, *leaf.shape[1:]] if stacked else list(leaf.shape)
-        while math.prod(chunks) * dtype.itemsize > self.CHUNK_BYTES:
+        while math.prod(chunks) * dtype.itemsize > CHUNK_BYTES:
             largest = int(np.argmax(chunks))
             chunks[largest] = -(-chunks[largest] // 2)
         spec = {
@@ -198,19 +201,80 @@ def stored_params(folder: pathlib.Path, abstract_params: Params) -> Params:
 def restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
     """Reads parameters in the dtype they are stored in, into the shardings of `abstract_params`.
 
-    Without a sharding they come to the first device, wherever they were when they were written.
+    Without a sharding they come to the first device, wherever they were when they were written. A process reads what its own
+    devices hold, each chunk once, and has at most one large parameter at a time on the host.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: names or shapes differ from `abstract_params`.
     """
+    leaves, tree = jax.tree.flatten_with_path(stored_params(folder, abstract_params))
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device),
-        stored_params(folder, abstract_params),
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), targets)
+    shardings = {"/".join(key.key for key in path): leaf.sharding or first_device for path, leaf in leaves}
+    stores = open_params(folder)
+
+    def is_small(path: str, shape: Sequence[int]) -> bool:
+        return math.prod(shape) * stores[path].dtype.numpy_dtype.itemsize <= CHUNK_BYTES
+
+    small = [path for path in shardings if is_small(path, stores[path].shape)]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        # Side by side: the small ones with each other, the chunks of a large one unless they are large themselves.
+        read = pool.map(lambda path: _read(stores[path], shardings[path], map), small)
+        arrays = dict(zip(small, read, strict=True))
+        for path in [path for path in shardings if path not in arrays]:
+            run = pool.map if is_small(path, stores[path].chunk_layout.read_chunk_template.shape) else map
+            arrays[path] = _read(stores[path], shardings[path], run)
+    return jax.tree.unflatten(tree, [arrays[path] for path in shardings])
+
+
+Box = tuple[tuple[int, int], ...]  # start and stop along each dimension
+
+
+def _read(
+    store: tensorstore.TensorStore, sharding: jax.sharding.Sharding, run: Callable[..., Iterable[Any]]
+) -> jax.Array:
+    """A parameter on the devices of this process; `run` calls a function for all that it has to read, as `map` does."""
+    holders = collections.defaultdict(list)  # the devices of each part: those along `data` hold the same
+    for device, index in sharding.addressable_devices_indices_map(store.shape).items():
+        sides = zip(index or (), store.shape, strict=True)
+        holders[tuple(side.indices(size)[:2] for side, size in sides)].append(device)
+    # They take memory as they are filled.
+    buffers = {part: np.empty([stop - first for first, stop in part], store.dtype.numpy_dtype) for part in holders}
+
+    def read(box: Box) -> None:
+        values = store[_slices(box)].read().result()
+        for part, buffer in buffers.items():
+            common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, part, strict=True))
+            if all(first < stop for first, stop in common):
+                buffer[_slices(common, part)] = values[_slices(common, box)]
+
+    done: set[Box] = set()
+    arrays = []
+    for part, devices in holders.items():
+        boxes = set(_chunks(store, part)) - done  # a chunk that parts share has been read for all of them
+        collections.deque(run(read, sorted(boxes)), maxlen=0)
+        done |= boxes
+        buffer = buffers.pop(part)
+        arrays += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
+        del buffer  # before the next part is read
+    return jax.make_array_from_single_device_arrays(store.shape, sharding, arrays)
+
+
+def _slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
+    """Of the box, in an array that begins where `origin` does."""
+    begins = [first for first, _ in origin] if origin else [0] * len(box)
+    return tuple(slice(first - begin, stop - begin) for (first, stop), begin in zip(box, begins, strict=True))
+
+
+def _chunks(store: tensorstore.TensorStore, part: Box) -> Iterator[Box]:
+    """The chunks that have something of a part."""
+    sides = [
+        [(first, min(first + chunk, size)) for first in range(start // chunk * chunk, stop, chunk)]
+        for (start, stop), chunk, size in zip(
+            part, store.chunk_layout.read_chunk_template.shape, store.shape, strict=True
+        )
+    ]
+    return itertools.product(*sides)
 
 
 def differences(found: Params, expected: Params, *, dtypes: bool = False, limit: int = 5) -> list[str]:
@@ -271,16 +335,15 @@ def restore_model(
     """
     verify_manifest(folder, contents=False)
     config = load_model_config(folder)
-    # Contents are read twice, to compare and to compute with, at the same time and all networks side by side. Several
-    # processes read together, in one order; the first one compares, and where that fails they all end.
-    threads = None if jax.process_count() == 1 else 1
-    with concurrent.futures.ThreadPoolExecutor(1) as other, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    # Contents are read twice, to compare and to compute with, at the same time. Of several processes the first one compares,
+    # and where that fails they all end.
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
         verified = other.submit(verify_manifest, folder) if verify and is_first() else None
-        pending = {name: pool.submit(restore_params, folder / name, tree) for name, tree in abstract_params.items()}
-        concurrent.futures.wait(pending.values())
-        if verified is not None:  # first: what is damaged says more than what could not be read because of it
-            verified.result()
-        return config, {name: restored.result() for name, restored in pending.items()}
+        try:
+            return config, {name: restore_params(folder / name, tree) for name, tree in abstract_params.items()}
+        finally:
+            if verified is not None:  # what is damaged says more than what could not be read because of it
+                verified.result()
 
 
 def _entries(folder: pathlib.Path, contents: bool) -> dict[str, dict[str, Any]]:

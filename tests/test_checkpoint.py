@@ -1,18 +1,33 @@
 """Model folders: what is written comes back, and what is damaged or does not fit is refused by name."""
 
 import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
 import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magref_jax import checkpoint
+from magref_jax import checkpoint, pipeline
 from magref_jax.config import DiTConfig, ModelConfig
+from magref_jax.data.emoji_tokenizer import build_tokenizer
 from magref_jax.sharding import make_mesh
+from tests.tiny_model import WORDS
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = ModelConfig(dit=DiTConfig(dim=24, num_heads=2), image_encoder=None)
 PARAMS = {
@@ -162,7 +177,7 @@ def files(folder):
 
 
 def test_parameters_written_piece_by_piece_are_read_like_any_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.ParamsWriter, "CHUNK_BYTES", 50_000)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 50_000)
     write_pieces(tmp_path / "dit", range(5))
     write_pieces(tmp_path / "again", [4, 2, 0, 3, 1])
     assert files(tmp_path / "dit") == files(tmp_path / "again")
@@ -223,3 +238,197 @@ def test_sizes_are_compared_even_where_contents_are_not(folder):
     (folder / "MANIFEST.json").write_text("[1]")
     with pytest.raises(ValueError, match="MANIFEST.json is damaged"):
         checkpoint.verify_manifest(folder)
+
+
+def random_values(names):
+    """Parameters of 4 MiB."""
+    rng = np.random.default_rng(0)
+    return {f"blocks/{name}": rng.random((4, 512, 512), np.float32) for name in names}
+
+
+def write_large(folder, names="abcdef"):
+    """Writes `random_values` in chunks."""
+    values = random_values(names)
+    writer = checkpoint.ParamsWriter(folder, values, lambda path: True)
+    for path, array in values.items():
+        for layer, part in enumerate(array):
+            writer.write(path, part, layer)
+    writer.finish()
+    return values
+
+
+def target(values, sharding):
+    leaves = {path.removeprefix("blocks/"): array for path, array in values.items()}
+    return {
+        "blocks": {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for name, array in leaves.items()
+        }
+    }
+
+
+def bytes_read() -> int:
+    """Of files, by this process."""
+    return int(pathlib.Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("written_by", ["converter", "orbax"])
+def test_a_restore_has_one_large_parameter_at_a_time_on_the_host(tmp_path, monkeypatch, written_by):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**16)
+    values = write_large(tmp_path / "dit")
+    if written_by == "orbax":
+        checkpoint.save_params(tmp_path / "dit", {"blocks": {path[7:]: array for path, array in values.items()}})
+        chunks = [store.chunk_layout.read_chunk.shape for store in checkpoint.open_params(tmp_path / "dit").values()]
+        assert max(4 * math.prod(chunk) for chunk in chunks) <= 2**16
+    # On CPU, an array may be the NumPy array that it was made of.
+    monkeypatch.setattr(jax, "device_put", functools.partial(jax.device_put, may_alias=False))
+    abstract = target(values, NamedSharding(make_mesh("fsdp=4,tensor=2"), P(None, "fsdp", "tensor")))
+    checkpoint.stored_params(tmp_path / "dit", abstract)  # imports what it needs
+    tracemalloc.start()  # sees what NumPy and Python allocate, but not the arrays of JAX
+    try:
+        params = checkpoint.restore_params(tmp_path / "dit", abstract)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(array.nbytes for array in values.values()) == 6 * 2**22
+    assert peak < 1.3 * 2**22 + 2**22  # what is for 2 GB of a large model
+    for path, array in values.items():
+        np.testing.assert_array_equal(params["blocks"][path[7:]], array)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cut"),
+    [
+        ("fsdp=8", P(None, "fsdp")),
+        ("data=8", P()),
+        ("data=2,fsdp=4", P(None, "fsdp")),
+        ("context=8", P(None, None, "context")),
+    ],
+)
+def test_each_chunk_is_read_once_for_all_devices_of_a_process(tmp_path, monkeypatch, spec, cut):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**18)  # 256 x 256: of four devices along fsdp, of all along data
+    values = write_large(tmp_path / "dit", "ab")
+    size = sum(len(content) for content in files(tmp_path / "dit").values())
+    abstract = target(values, NamedSharding(make_mesh(spec), cut))
+    before = bytes_read()
+    params = checkpoint.restore_params(tmp_path / "dit", abstract)
+    assert bytes_read() - before < 1.1 * size
+    np.testing.assert_array_equal(params["blocks"]["b"], values["blocks/b"])
+
+
+def start(script: str, *arguments: object, devices: int = 8) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+ONE_OF_TWO = """
+import pathlib, sys
+import jax
+from magref_jax import checkpoint, distributed
+
+distributed.initialise(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from magref_jax.sharding import make_mesh
+from tests import test_checkpoint as tests
+
+values, folder = tests.random_values("ab"), pathlib.Path(sys.argv[3])
+abstract = tests.target(values, NamedSharding(make_mesh("fsdp=8"), P(None, "fsdp")))
+before = tests.bytes_read()
+params = checkpoint.restore_params(folder, abstract)
+read = tests.bytes_read() - before
+for shard in params["blocks"]["b"].addressable_shards:
+    assert (shard.data == values["blocks/b"][shard.index]).all()
+print(read)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**18)
+    write_large(tmp_path / "dit", "ab")
+    size = sum(len(content) for content in files(tmp_path / "dit").values())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [start(ONE_OF_TWO, address, index, tmp_path / "dit", devices=4) for index in range(2)]
+    read = [int(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
+    print(f"\nof {size} bytes, two processes read {read}")
+    assert max(read) < 0.55 * size
+
+
+LOAD = """
+import json, pathlib, sys
+import jax, numpy as np
+from magref_jax import pipeline
+from magref_jax.sharding import make_mesh
+
+folder, mesh, keep = pathlib.Path(sys.argv[1]), make_mesh(sys.argv[2]), sys.argv[3] == "keep"
+sent = 0
+if not keep:
+    # As where devices have memory of their own: what has been sent there is on the host no more.
+    def device_put(array, device):
+        global sent
+        sent += array.nbytes
+        return np.empty(0, array.dtype)
+
+    jax.device_put = device_put
+    jax.make_array_from_single_device_arrays = lambda shape, _, arrays: jax.ShapeDtypeStruct(shape, arrays[0].dtype)
+params = pipeline.load(folder, mesh, verify=False).params
+shards = [shard.data for leaf in jax.tree.leaves(params) if keep for shard in leaf.addressable_shards]
+held = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(json.dumps({"peak": int(status["VmHWM"].split()[0]) * 1024, "held": sum(held.values()), "sent": sent}))
+"""
+
+
+def write_released(folder: pathlib.Path, config: ModelConfig) -> None:
+    """A model folder with random parameters in which all chunks of a parameter are one file with many names."""
+    rng = np.random.default_rng(0)
+    for network, params in pipeline.abstract_params(config).items():
+        abstract = {
+            "/".join(key.key for key in path): jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+            for path, leaf in jax.tree.leaves_with_path(params)
+        }
+        checkpoint.ParamsWriter(folder / network, abstract, lambda path: path.startswith("blocks/")).finish()
+        for path, store in checkpoint.open_params(folder / network).items():
+            chunk = store.chunk_layout.read_chunk.shape
+            values = np.frombuffer(rng.bytes(2 * math.prod(chunk)), jnp.bfloat16.dtype).reshape(chunk)
+            writable = tensorstore.open(store.spec(), open=True, write=True).result()
+            first = tuple(slice(0, min(sizes)) for sizes in zip(chunk, store.shape, strict=True))
+            writable[first].write(values[first]).result()
+            name, *others = (
+                ".".join(map(str, numbers))
+                for numbers in itertools.product(*(range(-(-n // c)) for n, c in zip(store.shape, chunk, strict=True)))
+            )
+            for other in others:
+                os.link(*(folder / network / path.replace("/", ".") / file for file in (name, other)))
+    build_tokenizer(WORDS, folder / "tokenizer", text_len=config.dit.text_len)
+    (folder / "config.json").write_text(config.to_json())
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    (folder / "MANIFEST.json").write_text(json.dumps({name: {"bytes": size} for name, size in sizes.items()}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dit_layers", "text_layers", "arrays"),
+    # All of it to devices with memory of their own; and what fits into the memory of a small machine, to those of the CPU.
+    [(40, 24, "drop"), (4, 1, "keep")],
+)
+def test_the_rss_of_loading_14b_onto_eight_devices(tmp_path, dit_layers, text_layers, arrays):
+    config = dataclasses.replace(
+        ModelConfig(),
+        dit=dataclasses.replace(ModelConfig().dit, num_layers=dit_layers),
+        text_encoder=dataclasses.replace(ModelConfig().text_encoder, num_layers=text_layers),
+    )
+    write_released(tmp_path / "model", config)
+    output, _ = start(LOAD, tmp_path / "model", "fsdp=8", arrays).communicate(timeout=3000)
+    found = json.loads(output.splitlines()[-1])
+    placed = jax.tree.leaves(pipeline.place_params(make_mesh("fsdp=8"), pipeline.abstract_params(config)))
+    in_total = sum(2 * 8 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in placed)
+    largest = max(2 * leaf.size for leaf in placed)
+    print(
+        f"\n{in_total / 1e9:.1f} GB on the devices, largest parameter {largest / 1e9:.2f} GB: peak memory of the host "
+        f"{found['peak'] / 1e9:.2f} GB, without the arrays on the CPU's devices {(found['peak'] - found['held']) / 1e9:.2f} GB"
+    )
+    assert found["sent"] == (in_total if arrays == "drop" else 0)
+    assert found["peak"] - found["held"] < 1.3 * largest + 2e9
