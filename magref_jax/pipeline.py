@@ -520,7 +520,7 @@ def _static(config: ModelConfig, mesh: Mesh | None) -> dict[str, dict[str, Any]]
     return {
         "encode": {"config": only("num_frames", "solver"), "branches": tuple(guidance(config)), "mesh": mesh},
         "advance": {"config": loop, "mesh": mesh},
-        "decode": {"config": only()},
+        "decode": {"config": only(), "mesh": mesh},
     }
 
 
@@ -537,18 +537,19 @@ def _encode(
     """What the DiT reads of prepared cases, the state to begin with, and whether each part is finite, per case."""
     networks = encoders(config, params)
     negative = {name: arrays.pop(f"negative_{name}") for name in ("token_ids", "attention_mask")}
-    conditioning = encode_cases(networks, arrays, config.sampling.num_frames)
-    made = {"conditional": conditioning}
-    nobody = jnp.zeros(len(noise), bool)
-    if "unconditional" in branches or "blank" in branches:
-        null_text = encode_text(networks, negative["token_ids"], negative["attention_mask"])
-        made["unconditional"] = drop_text(conditioning, nobody, null_text)
-    if "blank" in branches:
-        white = jnp.full((1, *arrays["canvas"].shape[1:]), WHITE, jnp.uint8)
-        frames = canvas_frames(white, config.sampling.num_frames)
-        image_embeddings = None if networks.image is None else networks.image(frames[:, 0])[0]
-        made["blank"] = drop_references(made["unconditional"], nobody, networks.frames(frames)[0], image_embeddings)
-    chosen = [made[name] for name in branches]
+    with on_mesh(mesh):
+        conditioning = encode_cases(networks, arrays, config.sampling.num_frames)
+        made = {"conditional": conditioning}
+        nobody = jnp.zeros(len(noise), bool)
+        if "unconditional" in branches or "blank" in branches:
+            null_text = encode_text(networks, negative["token_ids"], negative["attention_mask"])
+            made["unconditional"] = drop_text(conditioning, nobody, null_text)
+        if "blank" in branches:
+            white = jnp.full((1, *arrays["canvas"].shape[1:]), WHITE, jnp.uint8)
+            frames = canvas_frames(white, config.sampling.num_frames)
+            image_embeddings = None if networks.image is None else networks.image(frames[:, 0])[0]
+            made["blank"] = drop_references(made["unconditional"], nobody, networks.frames(frames)[0], image_embeddings)
+        chosen = [made[name] for name in branches]
     finite = {
         name: jnp.stack([_is_finite(getattr(branch, name)) for branch in chosen]).all(axis=0)
         for name in ("text_embeddings", "image_embeddings", "reference_latents")
@@ -589,16 +590,17 @@ def _advance(
     return constrain_batch(mesh, state)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _decode(
-    vae_params: Params, latents: Float[Array, "B f h w C"], *, config: ModelConfig
+    vae_params: Params, latents: Float[Array, "B f h w C"], *, config: ModelConfig, mesh: Mesh | None
 ) -> tuple[UInt8[Array, "B F H W 3"], Bool[Array, "B"]]:
     """The frames of a clip, without those that show the canvas, and whether all of a clip's values were finite."""
 
     def finish(frames: Array) -> tuple[Array, Array]:
         return jnp.asarray(to_uint8(frames)), jnp.isfinite(frames).all(axis=(2, 3, 4))
 
-    frames, is_finite = decode(config, vae_params, latents, finish)
+    with on_mesh(mesh):
+        frames, is_finite = decode(config, vae_params, latents, finish)
     return frames[:, config.drop_frames :], is_finite.all(axis=1)
 
 

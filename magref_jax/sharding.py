@@ -11,6 +11,7 @@ All four axes always exist, of size 1 where unused, so that one code path serves
 pjit is `jax.jit` on arrays with these shardings.
 """
 
+import collections
 import contextlib
 import math
 import re
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,8 +33,12 @@ ParamSpecs = tuple[tuple[str, P], ...]  # (regular expression of a whole paramet
 def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a text such as "data=2,fsdp=-1"; axes that are not named have size 1, and -1 takes what is left.
 
+    Of several slices of TPUs or nodes of GPUs, `data` goes over the slices, over those that it does not divide `fsdp`, and then
+    `context`: what exchanges least goes furthest.
+
     Raises:
-        ValueError: an unknown or repeated axis, no whole number, or sizes that do not use every device exactly once.
+        ValueError: an unknown or repeated axis, no whole number, sizes that do not use every device exactly once, or that
+            would have `tensor` leave a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
@@ -58,9 +64,29 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         raise ValueError(f"mesh={spec!r} means {asked}, which does not use the {len(devices)} devices exactly once.")
     # Auto: in the default, explicit mode Linen layers refuse a contraction over a cut dimension.
     types = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(_arrange(spec, sizes, devices), MESH_AXES, axis_types=types)
+
+
+def _arrange(spec: str, sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as the axes have them: neighbours of a torus beside each other, whole slices along the first axes."""
+    # Devices with fast links to each other: a slice of TPUs, the GPUs of a node. Between slices is the data-centre network.
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    over, rest = dict.fromkeys(sizes, 1), len(slices)  # how many slices each axis goes over
+    for axis in ("data", "fsdp", "context"):
+        over[axis] = math.gcd(sizes[axis], rest)
+        rest //= over[axis]
+    if rest > 1 or len(set(slices.values())) != 1:
+        held = " or ".join(str(number) for number in sorted(set(slices.values())))
+        raise ValueError(
+            f"mesh={spec!r} does not fit {len(slices)} slices of {held} devices: they must be of one size, and data x fsdp x "
+            f"context, here {sizes['data']} x {sizes['fsdp']} x {sizes['context']}, a multiple of their number. tensor does not "
+            "leave a slice."
+        )
+    within = [size // over[axis] for axis, size in sizes.items()]
     # jax.make_mesh refuses axes that take a part of a torus dimension, such as fsdp=16,context=4 on 8x8 chips.
-    arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(arranged, MESH_AXES, axis_types=types)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, list(over.values()), devices, allow_split_physical_axes=True)
 
 
 # Devices that share a sample need all of the layers just as those with other samples do: parameters are cut over both.
@@ -152,13 +178,18 @@ def param_shardings(mesh: Mesh, abstract_params: Any, specs: ParamSpecs) -> Any:
     def shard(leaf: Any, spec: P) -> NamedSharding:
         axes = []
         for size, names in zip(leaf.shape, spec, strict=False):
-            group = (names,) if isinstance(names, str) else tuple(names or ())
-            while group and size % math.prod(mesh.shape[name] for name in group):
-                group = group[:-1]
+            group = _dividing(mesh, size, (names,) if isinstance(names, str) else tuple(names or ()))
             axes.append(group[0] if len(group) == 1 else group or None)
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(shard, abstract_params, param_specs(abstract_params, specs))
+
+
+def _dividing(mesh: Mesh | AbstractMesh, size: int, group: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of the group without the last ones that do not divide the size together with those before them."""
+    while group and size % math.prod(mesh.shape[axis] for axis in group):
+        group = group[:-1]
+    return group
 
 
 def batch_multiple(mesh: Mesh | None, branches: int = 1) -> int:
@@ -204,6 +235,10 @@ ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
     "tokens": ("context",),  # of video; a sample's text and image tokens are on every device
     "heads": ("tensor",),  # also the width that is about to be split into heads
     "hidden": ("tensor",),  # between the two layers of a feed-forward
+    # The longer side of a frame in the VAE, or all its positions one after the other: over the axes that the batch leaves.
+    "space": ("context", "tensor", "fsdp", "data"),
+    "side": (),  # what is whole of either
+    "channels": (),
     "width": (),
     "head_width": (),
     "layers": (),
@@ -227,7 +262,9 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def activation_spec(mesh: AbstractMesh, shape: Sequence[int], names: Sequence[str]) -> P:
-    """How the mesh cuts an array with these dimensions; one that does not divide stays whole.
+    """How the mesh cuts an array with these dimensions, each with axes that none before it has.
+
+    Of the axes of one dimension, the last give way where they do not divide it.
 
     Raises:
         KeyError: a name that `ACTIVATION_AXES` does not have.
@@ -235,11 +272,11 @@ def activation_spec(mesh: AbstractMesh, shape: Sequence[int], names: Sequence[st
     """
     if len(shape) != len(names):
         raise ValueError(f"An array of shape {tuple(shape)} needs a name for each dimension, not {', '.join(names)}.")
-    axes = []
+    axes, taken = [], set()
     for size, name in zip(shape, names, strict=True):
-        group = ACTIVATION_AXES[name]
-        is_cut = group and size % math.prod(mesh.shape[axis] for axis in group) == 0
-        axes.append((group if len(group) > 1 else group[0]) if is_cut else None)
+        group = _dividing(mesh, size, tuple(axis for axis in ACTIVATION_AXES[name] if axis not in taken))
+        taken.update(group)
+        axes.append(group[0] if len(group) == 1 else group or None)
     return P(*axes)
 
 

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from magref_jax import pipeline
 from magref_jax.conditioning.inputs import Conditioning
-from magref_jax.config import ModelConfig
+from magref_jax.config import ModelConfig, VAEConfig
+from magref_jax.models import vae
 from magref_jax.models.dit import DiT, SubjectInjection
 from magref_jax.sharding import MESH_AXES, PARAM_SPECS, make_mesh, on_mesh, param_shardings, param_specs, shard_batch
 from magref_jax.training.config import ObjectiveConfig
@@ -251,3 +252,102 @@ def test_nothing_large_that_the_table_cuts_is_whole_on_every_device(network: str
             assert sharding.shard_shape(leaf.shape) != leaf.shape, f"{path} of shape {leaf.shape} is on every device"
 
     jax.tree.map_with_path(check, full_size()[network], specs, shardings)
+
+
+# Released strides: three times half the height and width, twice half the frames.
+VAE = VAEConfig(base_dim=4, dim_multipliers=(1, 2, 2, 2), num_res_blocks=1, temporal_downsample=(False, True, True))
+# Batch, frames, height, width. On eight devices each has one column, or row, of the latents; in "part" six columns of
+# latents are for as many devices as divide them; with the samples of "many", it depends on the mesh what is cut.
+CLIPS = {"wide": (2, 9, 16, 64), "high": (2, 5, 64, 16), "part": (1, 5, 16, 48), "many": (4, 5, 16, 32)}
+
+
+@functools.cache
+def vae_arrays(clip: str) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Parameters, frames, latents."""
+    rng = np.random.default_rng(2)
+    batch, frames, height, width = CLIPS[clip]
+    latents = normal(rng, batch, VAE.num_latent_frames(frames), height // 8, width // 8, VAE.latent_channels)
+    pixels = rng.uniform(-1, 1, (batch, frames, height, width, 3)).astype(np.float32)
+    return random_params(dataclasses.replace(MODEL, vae=VAE))["vae"], pixels, latents
+
+
+def vae_program(name: str, convolution: str, mesh, params, frames, latents):
+    config = dataclasses.replace(VAE, convolution=convolution)
+
+    def loss(params, frames, latents):
+        reconstruction, mean, log_variance = vae.VAE(config).apply({"params": params}, frames, latents)
+        return jnp.sum(jnp.sin(reconstruction)) + jnp.sum(jnp.square(mean)) + jnp.sum(log_variance)
+
+    with on_mesh(mesh):
+        if name == "gradients":
+            return jax.grad(loss, argnums=(0, 1, 2))(params, frames, latents)
+        return getattr(vae, name)(config, params, frames if name.startswith("encode") else latents)
+
+
+def compile_vae(name: str, clip: str, spec: str | None, convolution: str = "3d"):
+    """The program and its arguments, on the devices where the sampler and the training have them."""
+    mesh, arrays = None if spec is None else make_mesh(spec), vae_arrays(clip)
+    if mesh is not None:
+        params = jax.device_put(arrays[0], NamedSharding(mesh, P()))
+        arrays = params, *shard_batch(mesh, arrays[1:])
+    program = jax.jit(functools.partial(vae_program, name, convolution, mesh))
+    return program.lower(*arrays).compile(compiler_options=FAST), arrays
+
+
+@functools.cache
+def vae_on_one_device(name: str, clip: str, convolution: str = "3d"):
+    program, arrays = compile_vae(name, clip, None, convolution)
+    return program, jax.tree.map(np.asarray, program(*arrays))
+
+
+def assert_vae_is_that_of_one_device(name: str, clip: str, spec: str, convolution: str, most: float) -> None:
+    program, arrays = compile_vae(name, clip, spec, convolution)
+    _, expected = vae_on_one_device(name, clip, convolution)
+    worst = max(jax.tree.leaves(jax.tree.map(distance, program(*arrays), expected)))
+    print(f"{name} {clip} {spec} {convolution}: {worst:.1e}")
+    assert worst <= most
+
+
+VAE_CASES = [
+    ("context=8", "wide", "3d"),
+    ("context=8", "part", "3d"),
+    ("data=2,context=4", "high", "3d"),
+    ("fsdp=2,context=2,tensor=2", "many", "3d"),
+    ("fsdp=2,context=2,tensor=2", "high", "taps"),
+    ("fsdp=8", "many", "taps"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "clip", "convolution"), VAE_CASES)
+@pytest.mark.parametrize("name", ["encode", "decode", "encode_stream", "decode_stream"])
+def test_vae_is_that_of_one_device(name: str, spec: str, clip: str, convolution: str):
+    assert_vae_is_that_of_one_device(name, clip, spec, convolution, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "clip", "convolution"), VAE_CASES)
+def test_gradients_of_the_vae_are_those_of_one_device(spec: str, clip: str, convolution: str):
+    assert_vae_is_that_of_one_device("gradients", clip, spec, convolution, 1e-4)
+
+
+# Every device has a share of all that there is; or, where it has all of six and of twelve columns, of the rest.
+@pytest.mark.parametrize(
+    ("clip", "columns", "most"), [("wide", 8, 1.5 / 8), pytest.param("part", 6, 0.5, marks=pytest.mark.slow)]
+)
+def test_devices_share_the_frames_that_the_vae_decodes(clip: str, columns: int, most: float):
+    program, arrays = compile_vae("decode", clip, "context=8")
+    alone, expected = vae_on_one_device("decode", clip)
+    frames = program(*arrays)
+    assert distance(frames, expected) <= 1e-5
+    assert frames.sharding.shard_shape(frames.shape) == (*frames.shape[:3], columns, 3)
+    # Frames are gathered nowhere but for the attention of the middle.
+    text = program.as_text() or ""
+    gathered = gathered_sizes(text)
+    assert bool(gathered) == (clip == "wide")
+    assert gathered == gathered_sizes(text, "attention")
+    for measure in (
+        lambda of: of.cost_analysis()["flops"],
+        lambda of: of.memory_analysis().temp_size_in_bytes,
+    ):
+        assert measure(program) < most * measure(alone)

@@ -1,19 +1,23 @@
 """The mesh and the tables: every parameter has one place, and a cut model computes what a whole one does."""
 
+import dataclasses
 import functools
+import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magref_jax import pipeline
-from magref_jax.config import DiTConfig, ModelConfig
+from magref_jax.config import DiTConfig, ModelConfig, VAEConfig
 from magref_jax.models.adapters import LoraConfig, init_lora
 from magref_jax.models.dit import DiT, SubjectInjection
+from magref_jax.models.vae import VAE
 from magref_jax.sharding import (
     MESH_AXES,
     PARAM_SPECS,
@@ -148,6 +152,23 @@ def test_activations_are_cut_by_the_names_of_their_dimensions():
         activation_spec(mesh, (4, 6, 4), names)
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((4, 8), P(("data", "fsdp"), ("context", "tensor"))),
+        ((4, 6), P(("data", "fsdp"), "context")),
+        ((4, 5), P(("data", "fsdp"), None)),
+        # Two samples are not enough for data and fsdp, and one is not for either: their devices take a part of the frame.
+        ((2, 16), P("data", ("context", "tensor", "fsdp"))),
+        ((1, 16), P(None, ("context", "tensor", "fsdp", "data"))),
+        ((1, 8), P(None, ("context", "tensor", "fsdp"))),
+    ],
+)
+def test_frames_are_cut_over_the_axes_that_their_number_leaves(shape, spec):
+    mesh = AbstractMesh((2, 2, 2, 2), MESH_AXES)
+    assert activation_spec(mesh, shape, ("batch", "space")) == spec
+
+
 def test_a_constrained_array_lies_as_its_names_say():
     mesh = make_mesh("fsdp=2,context=2,tensor=2")
 
@@ -186,11 +207,27 @@ def dit_program(mesh) -> str:
     return str(jax.make_jaxpr(forward)(jax.random.key(0), inputs, subjects))
 
 
-def test_one_device_computes_nothing_that_is_for_many():
-    alone = dit_program(None)
-    assert dit_program(make_mesh("", jax.devices()[:1])) == alone
-    on_many = dit_program(make_mesh("fsdp=2,context=2,tensor=2"))
-    for operation in ("sharding_constraint", "shard_map"):
+def vae_program(mesh) -> str:
+    config = VAEConfig(base_dim=4, dim_multipliers=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
+    frames = jax.ShapeDtypeStruct((1, 3, 8, 8, 3), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1, 2, 4, 4, 16), jnp.float32)
+
+    def forward(key, frames, noise):
+        with on_mesh(mesh):
+            return VAE(config).init_with_output(key, frames, noise)
+
+    return str(jax.make_jaxpr(forward)(jax.random.key(0), frames, noise))
+
+
+@pytest.mark.parametrize(
+    ("program", "operations"),
+    [(dit_program, ("sharding_constraint", "shard_map")), (vae_program, ("sharding_constraint",))],
+)
+def test_one_device_computes_nothing_that_is_for_many(program, operations):
+    alone = program(None)
+    assert program(make_mesh("", jax.devices()[:1])) == alone
+    on_many = program(make_mesh("fsdp=2,context=2,tensor=2"))
+    for operation in operations:
         assert operation in on_many
         assert operation not in alone
 
@@ -206,3 +243,81 @@ def test_a_program_of_one_mesh_is_not_taken_for_another():
             out = twice(jax.device_put(np.ones((8, 8)), NamedSharding(make_mesh(spec), P())))
         shapes.append(out.sharding.shard_shape(out.shape))
     assert shapes == [(1, 8), (4, 2), (1, 8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX reads of a TPU: it is one of a slice of 2 x 2 chips, the host's number is that of the slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self):
+        return self.slice_index
+
+    @property
+    def coords(self):
+        return (self.id % 2, self.id // 2 % 2, 0)
+
+
+def chips(*slices: int) -> list[Chip]:
+    """Four chips of each of these slices, as they come from `jax.devices()`."""
+    return [Chip(id, index) for id, index in enumerate(itertools.chain(*([index] * 4 for index in slices)))]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    ("spec", "slices"),
+    [
+        ("data=2,context=4", [[[0]], [[1]]]),
+        ("data=4,tensor=2", [[[0]], [[0]], [[1]], [[1]]]),
+        ("data=2,fsdp=2,context=2", [[[0], [0]], [[1], [1]]]),
+        ("fsdp=-1", [[[0]] * 4 + [[1]] * 4]),
+        ("fsdp=4,tensor=2", [[[0], [0], [1], [1]]]),
+        # data does not divide four slices: fsdp goes over what is left of them.
+        ("data=2,fsdp=4,tensor=2", [[[0], [0], [1], [1]], [[2], [2], [3], [3]]]),
+        ("data=3,fsdp=2,context=2", [[[0], [0]], [[1], [1]], [[2], [2]]]),
+        ("fsdp=3,context=4", [[[0], [1], [2]]]),
+        # [data fsdp context]: neither of the two others is there.
+        ("context=8", [[[0] * 4 + [1] * 4]]),
+        ("context=2,tensor=4", [[[0, 1]]]),
+    ],
+)
+def test_data_then_fsdp_then_context_go_over_slices(spec, slices, platform):
+    number = 1 + max(itertools.chain(*itertools.chain(*slices)))
+    devices = [dataclasses.replace(chip, platform=platform) for chip in chips(*range(number))]
+    mesh = make_mesh(spec, devices[::-1])
+    assert set(mesh.devices.flat) == set(devices)
+    assert all(mesh.shape[axis] == int(size) for axis, size in re.findall(r"(\w+)=(\d+)", spec))
+    found = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    # The slice is the same all along tensor, and along context where that is not named.
+    np.testing.assert_array_equal(found, np.broadcast_to(np.array(slices)[..., None], found.shape))
+
+
+def test_neighbours_within_a_slice_are_neighbours_on_its_torus():
+    mesh = make_mesh("data=2,context=2,tensor=2", chips(0, 1))
+    x, y = (np.vectorize(lambda chip, axis=axis: chip.coords[axis])(mesh.devices) for axis in range(2))
+    # One link from each chip to the next, along context and along tensor.
+    for axis in (2, 3):
+        np.testing.assert_array_equal(np.abs(np.diff(x, axis=axis)) + np.abs(np.diff(y, axis=axis)), 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "slices", "message"),
+    [
+        (
+            "tensor=8",
+            (0, 1),
+            r"mesh='tensor=8' does not fit 2 slices of 4 devices: .* context, here 1 x 1 x 1, a multiple",
+        ),
+        ("data=2,fsdp=2,tensor=3", (0, 1, 2), "does not fit 3 slices of 4 devices: .* tensor does not leave a slice"),
+        ("data=4,fsdp=-1", (0, 0, 1), "does not fit 2 slices of 4 or 8 devices: they must be of one size"),
+    ],
+)
+def test_a_mesh_that_would_cut_layers_between_slices_is_refused(spec, slices, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(spec, chips(*slices))

@@ -34,22 +34,26 @@ from magref_jax.conditioning.case import encode_cases
 from magref_jax.config import ModelConfig, load_model_config
 from magref_jax.data.clips import Choice, Example, FirstFrameTarget, example_arrays, make_example
 from magref_jax.data.records import ClipRecord, EncodedCase, RecordSource, Source, open_records, write_records
-from magref_jax.sharding import make_mesh, shard_batch
+from magref_jax.sharding import constrain_batch, make_mesh, on_mesh, shard_batch
 
 SHARD_RECORDS = 128  # about; at 480p with 4 layouts, 4.5 GB
 STORED = np.float16  # of everything a case holds
 
 
-def encode_batch(config: ModelConfig, params: Mapping[str, Params], arrays: Mapping[str, Array]) -> dict[str, Array]:
+def encode_batch(
+    config: ModelConfig, params: Mapping[str, Params], arrays: Mapping[str, Array], *, mesh: Mesh | None = None
+) -> dict[str, Array]:
     """The frozen encoders on a batch of pixels: the fields of `Conditioning` that the model has, and `clean_latents`."""
     encoders = pipeline.encoders(config, dict(params))
     frames = jnp.asarray(arrays["frames"]).astype(jnp.float32) / 127.5 - 1
-    conditioning = encode_cases(encoders, dict(arrays), frames.shape[1])
+    with on_mesh(mesh):
+        conditioning = encode_cases(encoders, dict(arrays), frames.shape[1])
+        latents = jax.lax.stop_gradient(encoders.frames(frames))
     fields = {name: value for name, value in vars(conditioning).items() if value is not None}
-    return fields | {"clean_latents": jax.lax.stop_gradient(encoders.frames(frames))}
+    return constrain_batch(mesh, fields | {"clean_latents": latents})
 
 
-_encode = jax.jit(encode_batch, static_argnums=0)
+_encode = jax.jit(encode_batch, static_argnums=0, static_argnames="mesh")
 
 
 def precompute(
@@ -129,7 +133,8 @@ def precompute(
                     examples = [example_arrays(block[row][1][layout]) for row in padded]
                     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
                     cells = batch.pop("subject_cells")
-                    encoded = _on_host(_encode(config, params, shard_batch(mesh, batch))) | {"subject_cells": cells}
+                    encoded = _on_host(_encode(config, params, shard_batch(mesh, batch), mesh=mesh))
+                    encoded |= {"subject_cells": cells}
                     for position, row in enumerate(rows):
                         fields[row].append({name: values[position] for name, values in encoded.items()})
                 for (record, examples), cases in zip(block, fields, strict=True):

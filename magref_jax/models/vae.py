@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from magref_jax.config import VAEConfig
+from magref_jax.sharding import constrain
 
 Cache = Any  # a nested dict of the last frames each temporal layer has seen
 Finish = Callable[[Array], Any]  # of frames [B F H W 3] in [-1, 1], to arrays [B F ...]: to bytes, for example
@@ -39,6 +40,12 @@ def _causal_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -
     """Zero for frames of the past: training starts from a network of images, and a clip is at first its frames."""
     present = _KERNEL_INIT(key, shape[1:], dtype)
     return jnp.zeros(shape, dtype).at[-1].set(present)
+
+
+def _cut(x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+    """Frames cut along their longer side: convolutions then exchange the fewest values at the borders."""
+    sides = ("space", "side") if x.shape[2] >= x.shape[3] else ("side", "space")
+    return constrain(x, "batch", "frames", *sides, "channels")
 
 
 def _conv2d(x: Array, kernel: Array, stride: int, padding: list[tuple[int, int]]) -> Array:
@@ -156,7 +163,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"], cache: Cache = None) -> tuple[Float[Array, "B F H W D"], Cache]:
         run = Chunk(cache)
-        y = x
+        y = x = _cut(x)
         for layer in ("in", "out"):
             y = nn.silu(ChannelNorm(name=f"norm_{layer}")(y))
             y = run(CausalConv(self.config, self.features, name=f"conv_{layer}"), y)
@@ -171,13 +178,17 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         batch, _, height, _, channels = x.shape
-        qkv = Conv(3 * channels, name="qkv")(ChannelNorm(name="norm")(x))
+        # On a mesh every device has whole frames here, and a share of the queries.
+        whole = constrain(ChannelNorm(name="norm")(x), "batch", "frames", "side", "side", "channels")
+        qkv = Conv(3 * channels, name="qkv")(whole)
         query, key, value = jnp.split(rearrange(qkv, "b f h w c -> (b f) (h w) c"), 3, axis=-1)
+        query = constrain(query, "batch", "space", "channels")
         wide = _wide(x.dtype)
         logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide) / channels**0.5
         y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits), value.astype(wide)).astype(x.dtype)
+        y = constrain(y, "batch", "side", "channels")
         y = rearrange(y, "(b f) (h w) c -> b f h w c", b=batch, h=height)
-        return x + Conv(channels, name="out")(y)
+        return x + Conv(channels, name="out")(_cut(y))
 
 
 class Downsample(nn.Module):

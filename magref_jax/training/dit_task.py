@@ -114,7 +114,7 @@ class _Run:
 
     @functools.cached_property
     def encode(self) -> Callable[..., dict[str, Array]]:
-        return jax.jit(functools.partial(encode_batch, self.model))
+        return jax.jit(functools.partial(encode_batch, self.model, mesh=self.mesh))
 
     def prepare(self, host: dict[str, Any], place: Callable[[Mesh, Any], Any] = shard_rows) -> Batch:
         positions = tuple(host["frame_positions"])

@@ -16,7 +16,7 @@ from magref_jax.config import load_model_config
 from magref_jax.data import emoji_clips, emoji_tokenizer, emoji_world
 from magref_jax.distributed import on_first, on_host
 from magref_jax.models import vae
-from magref_jax.sharding import PARAM_SPECS, shard_batch
+from magref_jax.sharding import PARAM_SPECS, on_mesh, shard_batch
 from magref_jax.training.config import TrainConfig, VAEPhase, VAETask
 from magref_jax.training.job import Job
 from magref_jax.training.monitor import Work
@@ -79,13 +79,18 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     held_out = emoji_clips.render_clips(model, task.data.world, "held_out", config.seed, num_held_out)
 
     def loss(trained: Params, frozen: Any, frames: Array, keys: Array) -> Any:
-        return reconstruction(model.vae, task.kl_weight, join_params(trained, frozen), frames, keys)
+        with on_mesh(mesh):
+            return reconstruction(model.vae, task.kl_weight, join_params(trained, frozen), frames, keys)
+
+    def encode(params: Params, frames: Array) -> Array:
+        with on_mesh(mesh):
+            return vae.encode(model.vae, params, frames.astype(jnp.float32) / 127.5 - 1)
 
     @jax.jit
     def squared_error(params: Params, frames: Array) -> Array:
-        frames = frames.astype(jnp.float32) / 127.5 - 1
-        latents = vae.encode(model.vae, params, frames)
-        return jnp.mean(jnp.square(jnp.clip(pipeline.decode(model, params, latents), -1, 1) - frames))
+        with on_mesh(mesh):
+            decoded = pipeline.decode(model, params, encode(params, frames))
+        return jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - (frames.astype(jnp.float32) / 127.5 - 1)))
 
     def validate(trained: Params) -> dict[str, Any]:
         params = join_params(trained, rest)
@@ -99,11 +104,8 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
             checkpoint.save_model(folder, model, {"vae": vae_params}, config.save_dtype)
         else:
             # The DiT works on latents of mean 0 and deviation 1 per channel.
-            encode = jax.jit(
-                lambda params, frames: vae.encode(model.vae, params, frames.astype(jnp.float32) / 127.5 - 1)
-            )
-            some = range(0, min(len(frames), 512), 16)
-            latents = np.concatenate([on_host(encode(vae_params, frames[i : i + 16])) for i in some])
+            encode_some, some = jax.jit(encode), range(0, min(len(frames), 512), 16)
+            latents = np.concatenate([on_host(encode_some(vae_params, frames[i : i + 16])) for i in some])
             mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
             statistics = {
                 "latent_mean": tuple(map(float, mean.round(4))),
