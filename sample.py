@@ -394,8 +394,17 @@ def plan_report(arguments: argparse.Namespace) -> str:
     from magref_jax import planner
 
     try:
+        width, height = (None, None) if arguments.size is None else prompts.size_of(arguments.size)
+        asked = {
+            "width": width or arguments.width,
+            "height": height or arguments.height,
+            "num_frames": arguments.frames,
+            "guidance_scale": arguments.guidance,
+            "reference_guidance_scale": arguments.reference_guidance,
+        }
+        sampling = {name: value for name, value in asked.items() if value is not None}
         return planner.report_sampling(
-            arguments.model, arguments.plan, arguments.mesh or "", arguments.batch_size, arguments.plan_json
+            arguments.model, arguments.plan, arguments.mesh or "", arguments.batch_size, arguments.plan_json, **sampling
         )
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"sample.py: {error}")

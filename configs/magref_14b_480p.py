@@ -2,7 +2,8 @@
 
 python train.py configs/magref_14b_480p.py --output-dir runs/magref --mesh fsdp=-1
 
-`models/magref` is a converted model folder (`docs/weights.md`); a Wan 2.1 I2V folder is the paper's own start.
+`models/magref` is a converted model folder (`docs/weights.md`); a Wan 2.1 I2V folder is the paper's own start. What to rent, and
+what then to add to the command: `docs/scaling.md`.
 """
 
 import pathlib

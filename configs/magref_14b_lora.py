@@ -1,6 +1,8 @@
 """MAGREF at 14B, a LoRA of rank 32 beside the frozen model: for a few hundred clips of one's own.
 
 python train.py configs/magref_14b_lora.py --output-dir runs/lora --mesh fsdp=-1
+
+What to rent, and what then to add to the command: `docs/scaling.md`.
 """
 
 import pathlib

@@ -15,7 +15,6 @@ Operations are counted by formula because the compiler's own count takes the bod
 forty, and takes a Pallas kernel, which is the attention, for nothing.
 """
 
-import collections
 import dataclasses
 import functools
 import importlib.util
@@ -26,7 +25,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +39,7 @@ from magref_jax.checkpoint import Params
 from magref_jax.config import ModelConfig, Remat, load_model_config
 from magref_jax.data.precompute import encode_batch
 from magref_jax.files import replacing
+from magref_jax.hlo import Collective, count_flops, parse_collectives
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
 from magref_jax.models.dit import dit_flops
 from magref_jax.sharding import MESH_AXES, PARAM_SPECS, activation_spec, batch_multiple, make_mesh, param_shardings
@@ -51,6 +51,9 @@ from magref_jax.training.optimizer import join_params, make_optimizer, split_par
 from magref_jax.training.step import init_state, state_shardings, train_step
 
 GIB = 2**30
+# For a CPU that stands for a GPU. It multiplies in float32, and would convert the weights of all layers before the loop over
+# them, which takes twice the memory of the model; no GPU does.
+STAND_IN: dict[str, bool | str] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 USABLE = 0.9  # of a chip's memory; the rest is for fragmentation and what else the runtime holds
 
 
@@ -142,123 +145,6 @@ def use_cpu(topology: Topology) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of exchange between chips, over a whole step."""
-
-    kind: str
-    count: int
-    sent: int  # bytes that leave each chip
-
-
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
-)
-
-
-def parse_collectives(hlo: str) -> tuple[tuple[Collective, ...], int]:
-    """The exchanges of an optimised HLO module, by kind, and the number of loops whose length the text does not say.
-
-    The body of a loop counts as often as it runs, once where that is not known. What a chip sends is that of the algorithm
-    which sends least, of n chips in a group: of the bytes of the operand, n − 1 times as many in an all-gather, 2(n − 1)/n in an
-    all-reduce, (n − 1)/n in a reduce-scatter or all-to-all, all in a permutation.
-    """
-    sizes: dict[str, int] = {}
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
-    entry = current = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = header[2]
-            bodies[current] = []
-            entry = current if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = found.groups()
-            sizes[name] = _num_bytes(shape)
-            bodies.setdefault(current, []).append((opcode, rest, line))
-    unknown: set[str] = set()
-
-    @functools.cache
-    def count(computation: str) -> Mapping[str, tuple[int, int]]:
-        total: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-
-        def add(kind: str, times: int, sent: int) -> None:
-            total[kind] = total[kind][0] + times, total[kind][1] + sent
-
-        for opcode, rest, line in bodies.get(computation, ()):
-            kind = opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                operand = sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
-                add(kind, 1, round(operand * _share(kind, _group_size(line))))
-            if opcode.endswith(("-done", "-update")):  # the same computation that the -start names
-                continue
-            times = 1
-            if opcode == "while":
-                times = _trip_count(line, bodies)
-                if not times:
-                    unknown.add(line)
-                    times = 1
-            for called in _called(line):
-                if kind in _COLLECTIVES:
-                    break  # the sum that a reduction applies
-                for kind_inside, (number, sent) in count(called).items():
-                    add(kind_inside, times * number, times * sent)
-        return dict(total)
-
-    return tuple(Collective(kind, *count(entry)[kind]) for kind in sorted(count(entry))), len(unknown)
-
-
-def _num_bytes(shape: str) -> int:
-    total = 0
-    for dtype, sizes in _SHAPE.findall(shape):
-        bits = _ITEM_BITS.get(dtype)
-        if bits is None:
-            digits = re.search(r"\d+", dtype)
-            bits = int(digits[0]) if digits else 0
-        total += bits * math.prod(int(size) for size in sizes.split(",") if size) // 8
-    return total
-
-
-def _group_size(line: str) -> int:
-    """Chips of one group: 2 of {{0,1},{2,3}}, of [2,2]<=[4] and of mesh['a'=2,'b'=4] {'a'}; 2 if none are named."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        # Of an axis, or of a part of it: 'a':(before)size.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in axes)
-    return 2
-
-
-def _share(kind: str, group: int) -> float:
-    shares = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
-    return shares.get(kind, (group - 1) / group)
-
-
-def _called(line: str) -> Iterator[str]:
-    for several, one in _CALLED.findall(line):
-        for name in (one or several).split(","):
-            yield name.strip().removeprefix("%")
-
-
-def _trip_count(line: str, bodies: Mapping[str, list[tuple[str, str, str]]]) -> int | None:
-    """How often a loop runs, as the compiler notes it, or the one number that its condition compares with."""
-    if found := re.search(r"known_trip_count\D+(\d+)", line):
-        return int(found[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    inside = bodies.get(condition[1], []) if condition else []
-    numbers = [rest.partition(")")[0] for opcode, rest, _ in inside if opcode == "constant"]
-    is_counted = any("direction=LT" in line for _, _, line in inside)
-    return int(numbers[0]) if is_counted and len(numbers) == 1 and numbers[0].isdigit() else None
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a step needs and takes. Bytes are of one chip, operations of all of them together."""
 
@@ -273,6 +159,7 @@ class Plan:
     capacity: int  # of a chip; 0: unknown
     flops: float  # of the model
     recomputed_flops: float  # besides, because of remat
+    counted_flops: int | None  # of the matrix products in the program of one chip; None: its compiler hides them
     collectives: tuple[Collective, ...]
     loops_of_unknown_length: int
     compile_seconds: float
@@ -338,6 +225,8 @@ class Plan:
             lines.append(
                 ("", f"only {self.chips_at_work} of {math.prod(self.mesh.values())} chips compute different rows")
             )
+        if self.counted_flops is not None:
+            lines.append(("", f"{_count(self.counted_flops)}FLOP in the program of one chip  compiler{estimated}"))
         for collective in self.collectives:
             sent = f"{collective.count} x, {_count(collective.sent)}B sent by each chip"
             lines.append((collective.kind, f"{sent}  compiler{estimated}"))
@@ -380,7 +269,7 @@ class Program:
     step: str
     target: Topology
     mesh: Mesh
-    lower: Callable[..., jax.stages.Lowered]  # of the arguments
+    trace: Callable[..., jax.stages.Traced]  # of the arguments
     arguments: tuple[Any, ...]  # shapes, dtypes and shardings
     memory: Mapping[str, int]
     settings: Mapping[str, Any]
@@ -467,7 +356,7 @@ def training_program(
         "training step",
         target,
         made,
-        lower=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower,
+        trace=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace,
         arguments=(state, frozen, batch, noise),
         memory={
             "parameters": shard_bytes(state.params),
@@ -531,7 +420,7 @@ def sampling_program(
         "sampling step",
         target,
         made,
-        lower=functools.partial(pipeline._advance.lower, **static["advance"]),
+        trace=functools.partial(pipeline._advance.trace, **static["advance"]),
         arguments=(params["dit"], inputs, state, stop, None),
         memory={
             "parameters": shard_bytes(params["dit"]),
@@ -558,12 +447,14 @@ def compile_program(program: Program) -> Plan:
         RuntimeError: the compiler refuses it, but for lack of memory: then the plan says so.
     """
     start, mesh, known = time.perf_counter(), program.mesh, shard_bytes(program.arguments)
-    failure, temporaries, found, unknown, memory = None, None, (), 0, dict(program.memory)
-    traffic = known
+    failure, temporaries, counted, found, unknown, memory = None, None, None, (), 0, dict(program.memory)
+    traffic, on_tpu = known, program.target.chip.platform == "tpu"
+    for_gpu = program.target.chip.platform == "gpu"
     with jax.set_mesh(mesh):
-        lowered = program.lower(*program.arguments)
+        # What is written differently for a CPU is of no use on a GPU.
+        lowered = program.trace(*program.arguments).lower(lowering_platforms=("cuda",) if for_gpu else None)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(STAND_IN if for_gpu else None)
     except jax.errors.JaxRuntimeError as error:
         failure, temporaries = _out_of_memory(str(error), known)
     else:
@@ -576,19 +467,21 @@ def compile_program(program: Program) -> Plan:
         temporaries = stats.temp_size_in_bytes
         traffic = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * temporaries
         found, unknown = parse_collectives(text)
+        counted = None if on_tpu else count_flops(text)[0]
     cut, chip = mesh.shape["data"] * mesh.shape["fsdp"], program.target.chip
     return Plan(
         step=program.step,
         topology=program.target.name,
         mesh=dict(mesh.shape),
         settings=program.settings,
-        compiled_for="tpu" if chip.platform == "tpu" else "cpu",
+        compiled_for="tpu" if on_tpu else "cpu",
         memory=memory,
         temporaries=temporaries,
         memory_traffic=traffic,
         capacity=chip.memory,
         flops=program.flops,
         recomputed_flops=program.recomputed_flops,
+        counted_flops=counted,
         collectives=found,
         loops_of_unknown_length=unknown,
         compile_seconds=time.perf_counter() - start,
@@ -802,10 +695,15 @@ def report_training(config: TrainConfig, topology: str, mesh: str, file: pathlib
     return _report(plans, file)
 
 
-def report_sampling(folder: pathlib.Path, topology: str, mesh: str, batch_size: int, file: pathlib.Path | None) -> str:
-    """As `report_training`, for `sample.py --plan`; a model folder that is not there stands for the released 14B."""
+def report_sampling(
+    folder: pathlib.Path, topology: str, mesh: str, batch_size: int, file: pathlib.Path | None, **sampling: Any
+) -> str:
+    """As `report_training`, for `sample.py --plan`; a model folder that is not there stands for the released 14B.
+
+    `sampling` are fields of `SamplingConfig`, in place of the folder's.
+    """
     use_cpu(parse_topology(topology))
-    config = load_model_config(folder) if folder.is_dir() else ModelConfig()
+    config = pipeline.with_sampling(load_model_config(folder) if folder.is_dir() else ModelConfig(), **sampling)
     if mesh == "auto":
         plans = auto_sampling(config, topology, batch_size=batch_size)
     else:
