@@ -7,6 +7,7 @@ import dataclasses
 
 from configs.emoji import config as emoji
 from configs.emoji import task
+from configs.emoji_vae import world
 from magref_jax.data.clips import Phase
 from magref_jax.training.config import EmojiData, Events, OptimizerConfig
 
@@ -15,7 +16,7 @@ config = dataclasses.replace(
     task=dataclasses.replace(
         task,
         start="folder",
-        data=EmojiData(task.data.world, num_clips=2400, validation_clips=64),
+        data=EmojiData(world, num_clips=2400, validation_clips=64),
         phases=(Phase(num_steps=4000, batch_size=8),),
     ),
     optimizer=OptimizerConfig(
