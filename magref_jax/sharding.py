@@ -280,8 +280,10 @@ def activation_spec(mesh: AbstractMesh, shape: Sequence[int], names: Sequence[st
     return P(*axes)
 
 
-def constrain(x: Array, *names: str) -> Array:
+def constrain(x: Array, *names: str, shape: Sequence[int] | None = None) -> Array:
     """The array, its dimensions cut over the current mesh as `ACTIVATION_AXES` says; itself where there is no mesh.
+
+    With a `shape` it is cut as an array of that shape would be.
 
     Raises:
         KeyError, ValueError: see `activation_spec`.
@@ -291,5 +293,5 @@ def constrain(x: Array, *names: str) -> Array:
         for name in names:
             ACTIVATION_AXES[name]
         return x
-    spec = activation_spec(mesh, x.shape, names)
+    spec = activation_spec(mesh, x.shape if shape is None else shape, names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -42,10 +42,12 @@ def _causal_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -
     return jnp.zeros(shape, dtype).at[-1].set(present)
 
 
-def _cut(x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
-    """Frames cut along their longer side: convolutions then exchange the fewest values at the borders."""
-    sides = ("space", "side") if x.shape[2] >= x.shape[3] else ("side", "space")
-    return constrain(x, "batch", "frames", *sides, "channels")
+def _cut(x: Float[Array, "B F H W C"], stride: int = 1) -> Float[Array, "B F H W C"]:
+    """Frames cut along their longer side, where convolutions exchange the fewest values, as often as a stride leaves whole."""
+    batch, frames, height, width, channels = x.shape
+    sides = ("space", "side") if height >= width else ("side", "space")
+    shape = batch, frames, height // stride, width // stride, channels
+    return constrain(x, "batch", "frames", *sides, "channels", shape=shape)
 
 
 def _conv2d(x: Array, kernel: Array, stride: int, padding: list[tuple[int, int]]) -> Array:
@@ -169,7 +171,8 @@ class ResidualBlock(nn.Module):
             y = run(CausalConv(self.config, self.features, name=f"conv_{layer}"), y)
         if x.shape[-1] != self.features:
             x = Conv(self.features, name="shortcut")(x)
-        return x + y, run.cache
+        # Where the next layer has another size: what XLA infers from that, it gets wrong in the gradients of kernels.
+        return _cut(x + y), run.cache
 
 
 class SpatialAttention(nn.Module):
@@ -203,7 +206,7 @@ class Downsample(nn.Module):
         kernel = self.param("kernel", _KERNEL_INIT, (3, 3, channels, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         # One row and column of padding, right and bottom only.
-        x = _conv2d(x, kernel.astype(x.dtype), 2, [(0, 1), (0, 1)]) + bias.astype(x.dtype)
+        x = _cut(_conv2d(_cut(x, stride=2), kernel.astype(x.dtype), 2, [(0, 1), (0, 1)]) + bias.astype(x.dtype))
         if not self.temporal:
             return x, None
         kernel = self.param("time_kernel", _KERNEL_INIT, (3, channels, channels)).astype(x.dtype)
