@@ -242,11 +242,12 @@ def files_beside(folder: pathlib.Path) -> Find:
 
     Each name is looked for once: do not keep the function while files come and go.
     """
+    places = dict.fromkeys((folder, pathlib.Path()))
 
     @functools.cache
     def find(name: str) -> pathlib.Path | None:
-        paths = (folder / name, pathlib.Path(name)) if name else ()
-        return next((path for path in paths if os.path.exists(path)), None)
+        paths = [os.path.join(place, name) for place in places] if name else []
+        return next((pathlib.Path(path) for path in paths if os.path.exists(path)), None)
 
     return find
 
