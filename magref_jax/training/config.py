@@ -34,6 +34,7 @@ class OptimizerConfig:
     final_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
+    eps: float = 1e-8  # of AdamW; an element whose gradient is below it takes steps in proportion to the gradient
     weight_decay: float = 0.01  # of matrices; norm scales, biases and modulation do not decay
     clip_norm: float = 1.0  # of all gradients together
     ema_decay: float | None = 0.9999  # None: no average is kept
@@ -44,6 +45,8 @@ class OptimizerConfig:
                 f"OptimizerConfig.warmup_steps={self.warmup_steps} must be 0 or more, and every one of "
                 f"cycle_steps={self.cycle_steps} at least 1."
             )
+        if self.eps <= 0:
+            raise ValueError(f"OptimizerConfig.eps={self.eps} must be greater than 0.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"OptimizerConfig.ema_decay={self.ema_decay} must be in [0, 1), or None.")
 

@@ -35,6 +35,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         schedule,
         config.b1,
         config.b2,
+        config.eps,
         weight_decay=config.weight_decay,
         mask=_by_path(lambda path: path[-1] in DECAYED),
     )

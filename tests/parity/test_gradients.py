@@ -133,8 +133,10 @@ def test_what_is_computed_again_changes_no_gradient(remat):
         np.testing.assert_allclose(actual[path] / largest, gradient / largest, rtol=0, atol=5e-6, err_msg=path)
 
 
-def test_steps_of_the_optimiser_equal_torch():
-    config = OptimizerConfig(learning_rate=0.05, warmup_steps=2, cycle_steps=(2, 2), final_fraction=0.1)
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_steps_of_the_optimiser_equal_torch(eps):
+    config = OptimizerConfig(learning_rate=0.05, warmup_steps=2, cycle_steps=(2, 2), final_fraction=0.1, eps=eps)
+    assert OptimizerConfig().eps == 1e-8
     rates = [0.0, 0.025, 0.05, 0.0275, 0.05]  # warm-up, then two cosines from the peak down to a tenth, half-way each
     assert (config.b1, config.b2, config.weight_decay, config.clip_norm) == (0.9, 0.999, 0.01, 1.0)
     rng = np.random.default_rng(6)
@@ -154,7 +156,7 @@ def test_steps_of_the_optimiser_equal_torch():
             {"params": [expected[name] for name in expected if name not in decayed], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.999),
-        eps=1e-8,
+        eps=eps,
     )
     optimizer = make_optimizer(config)
     params = {"layer": jax.tree.map(jnp.asarray, start)}

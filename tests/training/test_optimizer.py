@@ -67,7 +67,7 @@ def test_split_and_join():
         split_params(params, "kernel")
 
 
-@pytest.mark.parametrize("options", [{"warmup_steps": -1}, {"cycle_steps": (10, 0)}, {"ema_decay": 1.0}])
+@pytest.mark.parametrize("options", [{"warmup_steps": -1}, {"cycle_steps": (10, 0)}, {"eps": 0.0}, {"ema_decay": 1.0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=f"OptimizerConfig.*{next(iter(options))}"):
         OptimizerConfig(**options)
