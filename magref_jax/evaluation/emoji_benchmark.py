@@ -32,7 +32,7 @@ from tqdm import tqdm
 from magref_jax import pipeline
 from magref_jax.conditioning.canvas import compose_canvas
 from magref_jax.conditioning.subjects import Subject
-from magref_jax.config import SamplingConfig
+from magref_jax.config import ModelConfig, SamplingConfig
 from magref_jax.data.emoji_clips import clip_images
 from magref_jax.data.emoji_world import Clip, EmojiWorldConfig, sample_clip
 from magref_jax.evaluation.emoji_metrics import METRICS, Estimate, Scores, evaluate, other_case, score_clip, summarise
@@ -43,7 +43,7 @@ Videos = UInt8[np.ndarray, "N F H W 3"]
 Columns = Mapping[str, Mapping[str, Estimate]]
 
 SHEET_ROWS = 24
-TILE_HEIGHT = 224  # pixels of the contact sheet; two frames of 56 on top of each other, doubled
+TILE_HEIGHT = 256  # pixels of the contact sheet; two frames of 64 on top of each other, doubled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Arguments:
     guidance: float | None = None
     reference_guidance: float | None = None
     shift: float | None = None
-    # Size and number of frames are the model's.
+    # Sizes and number of frames are the model's.
     data: EmojiWorldConfig = dataclasses.field(default_factory=EmojiWorldConfig)
 
     def __post_init__(self) -> None:
@@ -75,6 +75,13 @@ class Arguments:
             "flow_shift": self.shift,
         }
         return {name: value for name, value in names.items() if value is not None}
+
+
+def of_model_size(data: EmojiWorldConfig, config: ModelConfig) -> EmojiWorldConfig:
+    """The world with clips of the model's size and length, and sprites as wide as a cell of its canvas, a third of it."""
+    width, height = config.sampling.width, config.sampling.height
+    num_frames = config.sampling.num_frames - config.drop_frames
+    return dataclasses.replace(data, width=width, height=height, num_frames=num_frames, sprite_size=width // 3)
 
 
 def make_request(clip: Clip, seed: int, index: int, shown: Clip | None = None) -> pipeline.Request:
@@ -156,12 +163,7 @@ def run_benchmark(arguments: Arguments, model: pipeline.Model) -> Columns:
     # A wrong option is refused before an hour of generating, not after.
     config = pipeline.with_sampling(model.config, **arguments.overrides)
     sampling = config.sampling
-    data = dataclasses.replace(
-        arguments.data,
-        width=sampling.width,
-        height=sampling.height,
-        num_frames=sampling.num_frames - config.drop_frames,
-    )
+    data = of_model_size(arguments.data, config)
     seed, count = arguments.seed, min(arguments.shuffled_cases, arguments.cases)
     clips = [sample_clip(data, "held_out", seed, index) for index in range(arguments.cases)]
     others = [other_case(clip, data, seed, index) for index, clip in enumerate(clips)]

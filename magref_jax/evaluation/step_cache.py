@@ -24,7 +24,7 @@ from magref_jax import images, pipeline
 from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip
 from magref_jax.diffusion.step_cache import KEEP_FIRST, MAX_SKIPS, Measured, StepPlan, StepTable, plan_steps
-from magref_jax.evaluation.emoji_benchmark import make_request
+from magref_jax.evaluation.emoji_benchmark import make_request, of_model_size
 from magref_jax.files import replacing
 from magref_jax.prompts import Checks, check_entries, read_entries
 
@@ -98,9 +98,7 @@ def psnr(frames: UInt8[np.ndarray, "B F H W 3"], truth: UInt8[np.ndarray, "B F H
 
 def emoji_requests(config: ModelConfig, count: int, seed: int) -> list[pipeline.Request]:
     """Held-out cases of emoji world, as `emoji_benchmark` makes them."""
-    sampling = config.sampling
-    num_frames = sampling.num_frames - config.drop_frames
-    data = EmojiWorldConfig(width=sampling.width, height=sampling.height, num_frames=num_frames)
+    data = of_model_size(EmojiWorldConfig(), config)
     return [make_request(sample_clip(data, "held_out", seed, index), seed, index) for index in range(count)]
 
 

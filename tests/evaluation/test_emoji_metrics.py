@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from magref_jax import pipeline
+from magref_jax.conditioning.canvas import layout_cells
 from magref_jax.data.emoji_tokenizer import build_tokenizer
 from magref_jax.data.emoji_world import (
     BACKGROUNDS,
@@ -271,6 +272,15 @@ def test_benchmark_of_a_perfect_model(model_config, tmp_path, monkeypatch):
         assert videos["shuffled"].shape == (3, 8, 56, 72, 3)
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     assert sheet.height > 5 * emoji_benchmark.TILE_HEIGHT
+
+
+def test_cases_have_the_sizes_of_the_model(model_config):
+    sampling = dataclasses.replace(model_config.sampling, width=96, height=64, num_frames=5)
+    world = emoji_benchmark.of_model_size(DATA, dataclasses.replace(model_config, sampling=sampling, drop_frames=1))
+    assert sample_clip(world, "held_out", 0, 0).frames.shape == (4, 64, 96, 3)
+    assert world.sprite_size == 32
+    # The cells of three references are 32 pixels wide.
+    assert {x1 - x0 for x0, _, x1, _ in layout_cells(3, 64, 96, "v1")} == {32}
 
 
 @pytest.mark.slow
