@@ -13,13 +13,19 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
         jax.config.update("jax_platforms", "cpu")
+        # Most of the time goes into compiling small programs that run once, and LLVM at level 0 halves it. What XLA makes of a
+        # program (sharding, fusion, precision) stays as it is. For LLVM's own level: XLA_FLAGS= pytest
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     # Meshes need more than one device; a program without a mesh runs on the first.
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Compiled programs of sample.py go there; also those of the processes that tests start.
-    cache = tempfile.TemporaryDirectory(prefix="magref_jax_cache_", ignore_cleanup_errors=True)
-    os.environ["XDG_CACHE_HOME"] = cache.name
-    config.add_cleanup(cache.cleanup)
+    # One folder for the compiled programs of all workers and of the processes that tests start.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="magref_jax_cache_", ignore_cleanup_errors=True)
+        os.environ["XDG_CACHE_HOME"] = cache.name
+        config.add_cleanup(cache.cleanup)
+    jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 Close = Callable[[str, np.ndarray, np.ndarray, float], None]

@@ -38,7 +38,7 @@ MESHES = [
     if math.prod(sizes) == 8
 ]
 # The one where XLA went wrong when left to itself; Ulysses and a ring together; three axes.
-SOME = ["data=2,fsdp=2,tensor=2", "context=4,tensor=2", "fsdp=2,context=2,tensor=2"]
+SOME = ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -278,8 +278,10 @@ def test_context_made_once_is_that_of_every_step(model):
     np.testing.assert_allclose(once, each_step, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("mesh", "batch_size"),
+    [(None, 1), ("data=2", 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(None, 3), ("data=2", 1)])],
+)
 def test_meshes_and_batch_sizes_change_rounding_alone(model, mesh, batch_size):
     requests = [request(key=str(i), seed=i) for i in range(3)]
     placed = dataclasses.replace(model, mesh=mesh and make_mesh(mesh, jax.devices()[:2]))

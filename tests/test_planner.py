@@ -314,6 +314,7 @@ LARGE = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_temporaries_are_what_a_step_takes():
     """The growth of a process's memory while it runs a step, within 15 %."""
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)

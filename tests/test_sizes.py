@@ -45,7 +45,9 @@ def check(model, width, height, num_frames):
     assert np.ptp(result.frames) > 20
 
 
-@pytest.mark.parametrize(("width", "height", "num_frames"), [(448, 256, 17), (256, 448, 5)])
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames"), [pytest.param(448, 256, 17, marks=pytest.mark.slow), (256, 448, 5)]
+)
 def test_landscape_and_portrait(model, width, height, num_frames):
     check(model, width, height, num_frames)
 

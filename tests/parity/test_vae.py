@@ -153,6 +153,7 @@ def test_equals_diffusers(config, num_frames, close):
     assert_equals_diffusers(config, config, num_frames, close)
 
 
+@pytest.mark.slow
 def test_equals_diffusers_in_float64(close, monkeypatch):
     """Nothing is approximately right: with the rounding of float32 gone, so is the difference."""
     # diffusers repeats pixels in float32, whatever the dtype of the rest.

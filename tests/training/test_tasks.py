@@ -119,6 +119,7 @@ def test_a_lora_leaves_the_base_and_loads_beside_it(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stands(folder, tmp_path):
     whole = run(tiny_run(folder, num_steps=4), tmp_path / "whole")
     run(tiny_run(folder, num_steps=2), tmp_path / "cut")
@@ -133,6 +134,7 @@ def test_a_run_goes_on_where_it_stands(folder, tmp_path):
     assert len(set(losses[0])) == 4
 
 
+@pytest.mark.slow
 def test_encoded_once_is_what_every_step_encodes(folder, tmp_path):
     """With layouts=1 the case of a clip is drawn once; the losses are of the size of those with a case of its own a step."""
     task = {"phases": (Phase(num_steps=100, batch_size=4, num_latent_frames=2, reach=2),)}
@@ -158,6 +160,7 @@ def test_validation_and_samples(folder, tmp_path):
     assert (tmp_path / "samples" / "step_2.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_vae_and_then_a_new_dit_on_it(tmp_path):
     vae = TrainConfig(
         task=VAETask(
