@@ -1,24 +1,26 @@
-"""Emoji world, once more: the bundled DiT trained further, by Muon, on clips it has not seen.
+"""Emoji world, third stage: the DiT of `configs/emoji.py` trained further, by Muon, on clips it has not seen.
 
-python train.py configs/emoji_longer.py --output-dir runs/emoji_longer
+python train.py configs/emoji_longer.py --output-dir runs/emoji_longer --config.task.folder runs/emoji/model
 """
 
 import dataclasses
 
 from configs.emoji import config as emoji
-from configs.emoji import task
+from configs.emoji import task as emoji_task
 from configs.emoji_vae import world
 from magref_jax.data.clips import Phase
 from magref_jax.training.config import EmojiData, Events, OptimizerConfig
 
+task = dataclasses.replace(
+    emoji_task,
+    start="folder",
+    data=EmojiData(world, num_clips=2400, validation_clips=64),
+    phases=(Phase(num_steps=4000, batch_size=8),),
+)
+
 config = dataclasses.replace(
     emoji,
-    task=dataclasses.replace(
-        task,
-        start="folder",
-        data=EmojiData(world, num_clips=2400, validation_clips=64),
-        phases=(Phase(num_steps=4000, batch_size=8),),
-    ),
+    task=task,
     optimizer=OptimizerConfig(
         method="muon",
         learning_rate=1.2e-3,
