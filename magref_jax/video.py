@@ -175,7 +175,7 @@ class SheetRow(TypedDict):
 
 
 GAP = 6  # pixels between tiles
-TILE_HEIGHT = 112  # pixels
+TILE_HEIGHT = 128  # pixels
 MAX_FRAMES = 9  # of one video
 CAPTION_SIZE = 15  # pixels
 HEADER = ("references", "canvas", "frames")

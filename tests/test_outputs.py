@@ -499,11 +499,11 @@ def test_the_sheet_shows_finished_cases_in_order(tmp_path, monkeypatch):
     rows = seen[0]
     assert [row["caption"] for row in rows] == [f'{key}: {key}: the "red" fox, 狐\nand the dog' for key in "da"]
     for row, case in zip(rows, (cases[0], cases[3]), strict=True):
-        frames = made(case)[0].repeat(3, axis=1).repeat(3, axis=2)  # 32 pixels fit three times into a tile of 112
+        frames = made(case)[0].repeat(4, axis=1).repeat(4, axis=2)  # 32 pixels fit four times into a tile of 128
         assert row["frames"].shape == frames.shape
         assert np.abs(row["frames"].astype(int) - frames).mean() < 4
-        assert [image.size for image in row["references"]] == [(56, 112), (112, 112)]
-        assert row["canvas"].size == (112, 112)
+        assert [image.size for image in row["references"]] == [(64, 128), (128, 128)]
+        assert row["canvas"].size == (128, 128)
 
 
 def test_a_sheet_has_at_most_24_rows(tmp_path, monkeypatch):
