@@ -246,14 +246,8 @@ def state_of(folder: pathlib.Path, name: str) -> TrainState:
     return restored
 
 
-def params_of(folder: pathlib.Path, name: str) -> list[np.ndarray]:
-    state = state_of(folder, name)
+def params_of(state: TrainState) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.ema))]
-
-
-def moments_of(folder: pathlib.Path, name: str) -> list[np.ndarray]:
-    """The averaged gradients of the newest checkpoint."""
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(optax.tree.get(state_of(folder, name).optimizer_state, "mu"))]
 
 
 def assert_same_run(folder: pathlib.Path, name: str, other_folder: pathlib.Path, other: str) -> None:
@@ -262,9 +256,12 @@ def assert_same_run(folder: pathlib.Path, name: str, other_folder: pathlib.Path,
     for line, reference in zip(found, expected, strict=True):
         for key in {"loss", "loss_subjects", "validation_loss"} & reference.keys():
             np.testing.assert_allclose(line[key], reference[key], rtol=1e-5)
-    for leaf, reference in zip(params_of(folder, name), params_of(other_folder, other), strict=True):
+    state, expected_state = state_of(folder, name), state_of(other_folder, other)
+    for leaf, reference in zip(params_of(state), params_of(expected_state), strict=True):
         np.testing.assert_allclose(leaf, reference, atol=1e-5)
-    for leaf, reference in zip(moments_of(folder, name), moments_of(other_folder, other), strict=True):
+    # The averaged gradients.
+    moments = [jax.tree.leaves(optax.tree.get(each.optimizer_state, "mu")) for each in (state, expected_state)]
+    for leaf, reference in zip(*moments, strict=True):
         np.testing.assert_allclose(leaf, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 
@@ -376,7 +373,7 @@ def test_four_processes_read_the_checkpoint_of_one(one, tmp_path):
         (tmp_path / name).symlink_to(one / name)
     start_workers(tmp_path, 4, "fsdp=4", "read_back:run").succeed()
     found = json.loads((tmp_path / "read_back.json").read_text())
-    for leaf, expected in zip(found, params_of(one, "run"), strict=True):
+    for leaf, expected in zip(found, params_of(state_of(one, "run")), strict=True):
         np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected)
 
 

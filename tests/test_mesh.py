@@ -37,7 +37,7 @@ MESHES = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=4)
     if math.prod(sizes) == 8
 ]
-# The one where XLA went wrong when left to itself; Ulysses and a ring together; three axes.
+# The one where XLA went wrong when left to itself, and three axes; all of them below.
 SOME = ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
 
 

@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import train
 from magref_jax import checkpoint, pipeline
@@ -20,23 +18,6 @@ from magref_jax.training.config import EmojiData, OptimizerConfig, TrainConfig, 
 from magref_jax.training.step import TrainState
 from tests.tiny_model import write_model
 from tests.training.tiny_run import MODEL, WORLD, tiny_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs here compile the same programs again and again."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
