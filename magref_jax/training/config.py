@@ -97,7 +97,7 @@ class DiTTask:
     model: ModelConfig | None = (
         None  # in place of the folder's; sizes of its frozen networks are the folder's all the same
     )
-    start: Literal["folder", "random"] = "folder"  # of the DiT
+    start: Literal["folder", "deeper", "random"] = "folder"  # of the DiT; deeper: the folder's, with blocks added to it
     trainable: LoraConfig | str = ".*"  # a LoRA, or what the names of the trained parameters match as a whole
     dtype: DType | None = None  # of the DiT's matrix products in training; None: the model's
     remat: Remat | None = None  # what a block keeps for its backward pass; None: the model's

@@ -29,7 +29,7 @@ from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, shard_batch
 from magref_jax.training.config import DiTTask, EmojiData, TrainConfig
 from magref_jax.training.job import Job, Samples
 from magref_jax.training.monitor import Work, dit_work
-from magref_jax.training.networks import copy_networks, init_random
+from magref_jax.training.networks import copy_networks, init_random, insert_blocks
 from magref_jax.training.objective import Batch, Null, flow_matching, velocity_error
 from magref_jax.training.optimizer import join_params, split_params
 from magref_jax.video import SheetRow, contact_sheet
@@ -179,10 +179,23 @@ def read_networks(task: DiTTask, model: ModelConfig, mesh: Mesh, seed: int) -> t
     """The DiT to start from, and the frozen networks, on the mesh."""
     abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
     check_trainable(task, model, abstract["dit"])
-    abstract = {name: tree for name, tree in abstract.items() if name != "dit" or task.start == "folder"}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract["dit"])
+    if task.start == "random":
+        del abstract["dit"]
+    elif task.start == "deeper":
+        stored = load_model_config(task.folder).dit.num_layers
+        if model.dit.num_layers <= stored:
+            raise ValueError(
+                f"task.start='deeper' with model.dit.num_layers={model.dit.num_layers}: must be more than the {stored} of {task.folder}."
+            )
+        shallow = dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_layers=stored))
+        abstract |= pipeline.place_params(mesh, pipeline.abstract_params(shallow, ("dit",)))
     _, params = checkpoint.restore_model(task.folder, abstract)
     if task.start == "random":
         params |= init_random(model, mesh, seed, only=("dit",))
+    elif task.start == "deeper":
+        insert = functools.partial(insert_blocks, num_layers=model.dit.num_layers)
+        params["dit"] = jax.jit(insert, out_shardings=shardings)(params["dit"])
     return params.pop("dit"), params
 
 

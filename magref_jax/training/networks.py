@@ -4,9 +4,14 @@ import functools
 import pathlib
 import shutil
 from collections.abc import Collection
+from typing import Any
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from magref_jax import pipeline
 from magref_jax.checkpoint import NETWORKS, Params
@@ -19,6 +24,28 @@ def init_random(model: ModelConfig, mesh: Mesh, seed: int, only: Collection[str]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = functools.partial(pipeline.init_params, model, only=only)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+# The layers through which a block adds to the tokens. Text values are among them: injection adds them without the projection.
+_ADDING = ("self_attention/out", "cross_attention/value", "cross_attention/out", "feed_forward/down")
+
+
+def insert_blocks(dit: Params, num_layers: int) -> Params:
+    """A deeper DiT with the same output: new blocks, spread evenly, are copies of the one before them that add nothing yet.
+
+    As LLaMA Pro expands its blocks (arXiv 2401.02415). A copy's other layers are as they were, so that it has gradients at once.
+    """
+    layers: dict[str, Any] = flax.traverse_util.flatten_dict(dit["blocks"], sep="/")
+    old = layers["modulation"].shape[0]
+    sources = np.arange(num_layers) * old // num_layers
+    is_new = np.append(False, sources[1:] == sources[:-1])
+
+    def insert(name: str, layer: Array) -> Array:
+        adds = name.rpartition("/")[0] in _ADDING
+        return jnp.where(np.expand_dims(is_new & adds, tuple(range(1, layer.ndim))), 0, layer[sources])
+
+    blocks = {name: insert(name, layer) for name, layer in layers.items()}
+    return {**dit, "blocks": flax.traverse_util.unflatten_dict(blocks, sep="/")}
 
 
 def copy_networks(source: pathlib.Path, target: pathlib.Path, but: str) -> None:

@@ -177,6 +177,11 @@ def test_vae_and_then_a_new_dit_on_it(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params["dit"], after.params["dit"])
 
 
+def test_a_deeper_start_needs_more_layers_than_the_folder_has(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"start='deeper' with model.dit.num_layers=2: must be more than the 2 of"):
+        run(tiny_run(folder, start="deeper", model=MODEL), tmp_path)
+
+
 def test_a_wrong_name_is_refused_before_anything_is_read(folder, tmp_path):
     with pytest.raises(ValueError, match="trainable='decoder' matches no parameter"):
         run(tiny_run(folder, trainable="decoder"), tmp_path)
