@@ -17,10 +17,10 @@ config = dataclasses.replace(
         start="deeper",
         model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_layers=8)),
         data=dataclasses.replace(data, num_clips=4800),
-        phases=(Phase(num_steps=4000, batch_size=8),),
+        phases=(Phase(num_steps=3000, batch_size=8),),
     ),
-    optimizer=dataclasses.replace(emoji_larger.optimizer, cycle_steps=(3900,)),
+    optimizer=dataclasses.replace(emoji_larger.optimizer, cycle_steps=(2900,)),
     seed=3,
-    num_steps=4000,
+    num_steps=3000,
     events=Events(checkpoint=250, validation=1000),
 )
