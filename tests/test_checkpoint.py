@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import pathlib
 import shutil
@@ -271,6 +272,16 @@ def bytes_read() -> int:
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])
 
 
+def put_apart(device_put, value, device):
+    """To memory that tracemalloc does not see, as that of an accelerator.
+
+    On CPU, an array may be the NumPy array that it was made of, and a copy by JAX lets go of it when its thread comes to it.
+    """
+    copy = np.frombuffer(mmap.mmap(-1, value.nbytes), value.dtype).reshape(value.shape)
+    copy[...] = value
+    return device_put(copy, device)
+
+
 @pytest.mark.parametrize("written_by", ["converter", "orbax"])
 def test_a_restore_has_one_large_parameter_at_a_time_on_the_host(tmp_path, monkeypatch, written_by):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**16)
@@ -279,8 +290,7 @@ def test_a_restore_has_one_large_parameter_at_a_time_on_the_host(tmp_path, monke
         checkpoint.save_params(tmp_path / "dit", {"blocks": {path[7:]: array for path, array in values.items()}})
         chunks = [store.chunk_layout.read_chunk.shape for store in checkpoint.open_params(tmp_path / "dit").values()]
         assert max(4 * math.prod(chunk) for chunk in chunks) <= 2**16
-    # On CPU, an array may be the NumPy array that it was made of.
-    monkeypatch.setattr(jax, "device_put", functools.partial(jax.device_put, may_alias=False))
+    monkeypatch.setattr(jax, "device_put", functools.partial(put_apart, jax.device_put))
     abstract = target(values, NamedSharding(make_mesh("fsdp=4,tensor=2"), P(None, "fsdp", "tensor")))
     checkpoint.stored_params(tmp_path / "dit", abstract)  # imports what it needs
     tracemalloc.start()  # sees what NumPy and Python allocate, but not the arrays of JAX
@@ -290,7 +300,7 @@ def test_a_restore_has_one_large_parameter_at_a_time_on_the_host(tmp_path, monke
     finally:
         tracemalloc.stop()
     assert sum(array.nbytes for array in values.values()) == 6 * 2**22
-    assert peak < 1.3 * 2**22 + 2**22  # what is for 2 GB of a large model
+    assert peak < 1.3 * 2**22  # one parameter, and a chunk of it
     for path, array in values.items():
         np.testing.assert_array_equal(params["blocks"][path[7:]], array)
 
