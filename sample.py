@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import magref_jax
 from magref_jax import batches, distributed, files, outputs, pipeline, prompts, sharding
+from magref_jax.command import default_cache, keep_compiled_programs
 from magref_jax.conditioning.canvas import assign
 from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.convert.lora import Lora, read_lora, split_strength
@@ -36,10 +37,6 @@ from magref_jax.prompts import ALIASES, Checks, Entry
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
 MAX_BATCH = 4096
-
-
-def default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "magref_jax"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -421,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
     if arguments.compile_cache != "none":
-        batches.set_compilation_cache(pathlib.Path(arguments.compile_cache or default_cache()))
+        keep_compiled_programs(arguments.compile_cache or default_cache())
     checks = Checks()
     plan = make_plan(arguments, checks)
     if distributed.is_first():

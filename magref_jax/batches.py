@@ -233,8 +233,3 @@ def run_batches(
                 seconds,
                 per_step,
             )
-
-
-def set_compilation_cache(folder: pathlib.Path) -> None:
-    """Keeps compiled programs in a folder, where the next process finds them."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))

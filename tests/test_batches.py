@@ -275,12 +275,3 @@ def test_a_clock_adds_up_also_when_something_fails(monkeypatch):
     with clock.measure("b"):
         pass
     assert clock.seconds == {"a": 3.5, "b": 0.25}
-
-
-def test_the_compilation_cache_is_a_setting_of_jax(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        batches.set_compilation_cache(tmp_path / "programs")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

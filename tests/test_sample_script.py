@@ -827,11 +827,11 @@ def test_help_imports_no_other_framework_and_changes_no_setting():
 
 def test_the_compilation_cache_is_where_one_says(model_folder, work, monkeypatch):
     found = []
-    monkeypatch.setattr(batches, "set_compilation_cache", found.append)
+    monkeypatch.setattr(sample, "keep_compiled_programs", found.append)
     monkeypatch.setattr(pipeline, "load", lambda *args, **kwargs: sys.exit(0))
     for words in ([], ["--compile_cache", "here"], ["--compile_cache=none"]):
         with pytest.raises(SystemExit):
             sample.main(["--model", str(model_folder), *words])
-    assert found == [pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "magref_jax", pathlib.Path("here")]
+    assert found == [pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "magref_jax", "here"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert sample.default_cache() == pathlib.Path.home() / ".cache" / "magref_jax"

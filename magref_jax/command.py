@@ -1,0 +1,98 @@
+"""What the programs have in common: how they fail, which paths they take, where compiled programs are kept."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+# What a user can mend: a wrong option, file or folder, a full disk, a missing package. Anything else is a fault of ours.
+EXPECTED = (ValueError, OSError, ImportError)
+WRONG_REQUEST = 2  # exit status
+INTERRUPTED = 130
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two letters or more: `C:/` is a drive
+
+
+@contextlib.contextmanager
+def program(name: str) -> Iterator[None]:
+    """Ends the process with a sentence on standard error if an expected error leaves the block, and quietly on Ctrl-C.
+
+    Exit status 2 and 130. With `MAGREF_TRACEBACK=1` in the environment errors keep their traceback.
+    """
+    try:
+        yield
+    except EXPECTED as error:
+        if os.environ.get("MAGREF_TRACEBACK") == "1":
+            raise
+        print(f"{name}: {sentence(error)}", file=sys.stderr)
+        sys.exit(WRONG_REQUEST)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error; of an error of the system, the file and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(names) or 'a file'}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def check_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuses `gs://bucket/x` and the like, which would become a local folder named `gs:`.
+
+    Raises:
+        ValueError: `path` begins with a scheme. `pathlib` makes `gs:/x` out of `gs://x`; both are refused.
+    """
+    text = os.fspath(path)
+    if match := _SCHEME.match(text):
+        raise ValueError(
+            f"{name} {text}: {match[1]}:// cannot be read or written; give a local path, such as a mounted bucket."
+        )
+
+
+def check_local_fields(name: str, config: Any) -> None:
+    """`check_local` of every path in a nested dataclass; `name.field` names it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        for field in dataclasses.fields(config):
+            check_local_fields(f"{name}.{field.name}", getattr(config, field.name))
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            check_local_fields(name, value)
+    elif isinstance(config, os.PathLike) or (isinstance(config, str) and "://" in config):
+        check_local(name, config)
+
+
+def default_cache() -> pathlib.Path | None:
+    """Where compiled programs are kept; None where there is no home folder that can be written to."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = pathlib.Path(given) if given else pathlib.Path.home() / ".cache"
+    except RuntimeError:  # a container with neither HOME nor an entry for its user
+        return None
+    folder = base / "magref_jax"
+    return folder if _can_write(folder) else None
+
+
+@functools.cache
+def _can_write(folder: pathlib.Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def keep_compiled_programs(folder: str | os.PathLike[str] | None) -> None:
+    """Keeps compiled programs in a folder, where the next process finds them; None keeps none."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
