@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 from PIL import Image
 
 from magref_jax import images, outputs, pipeline

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sample
-from magref_jax import batches, outputs, pipeline, prompts
+from magref_jax import outputs, pipeline, prompts
 from magref_jax.config import DiTConfig, ModelConfig
 from magref_jax.data import emoji_examples
 from magref_jax.prompts import ALIASES, Checks
