@@ -1,4 +1,4 @@
-"""How files are written here: whole, or not at all."""
+"""How files are written here: whole, or not at all. And how the text that people write is read."""
 
 import contextlib
 import os
@@ -9,6 +9,45 @@ from collections.abc import Iterator
 
 _PART = re.compile(r"\..+\.(\d{1,9})\.part")
 _STARTED = time.time()
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file that a person or another program wrote, without a byte-order mark.
+
+    Raises:
+        ValueError: another encoding; names the file, the line, the encoding it may be and what to do.
+        OSError: the file cannot be read.
+    """
+    content = pathlib.Path(path).read_bytes()
+    for encoding, marks in _MARKS.items():
+        if content.startswith(marks):
+            raise ValueError(f"{path} is {encoding}; save it as UTF-8.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = content[error.start : error.start + 1]
+        guess = wrong.decode("cp1252", errors="ignore")
+        perhaps = f", which is {guess} in Windows-1252" if guess.isprintable() and guess else ""
+        where = f"{path} line {_line_number(content[: error.start])}"
+        raise ValueError(f"{where} is not UTF-8: it has the byte {wrong[0]:#04x}{perhaps}; save it as UTF-8.") from None
+    if "\0" in text:  # also what UTF-16 without a mark looks like
+        line = _line_number(content[: content.index(b"\0")])
+        raise ValueError(f"{path} line {line} has a NUL byte: it is UTF-16, or no text; save it as UTF-8.")
+    return text
+
+
+# The longer marks first: that of UTF-32 begins like that of UTF-16.
+_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
+
+
+def _line_number(before: bytes) -> int:
+    return len(re.findall(rb"\r\n|\r|\n", before)) + 1
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text as editors count them: `str.splitlines` would also break at characters that sentences may hold."""
+    return _LINE_END.split(text)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ from magref_jax.data.records import (
     View,
     write_records,
 )
+from magref_jax.files import read_text, text_lines
 from magref_jax.video import encode_video, to_rgb
 
 MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
@@ -181,7 +182,7 @@ def read_lines(path: pathlib.Path) -> list[ClipLine]:
         ValueError: lines that say something else; lists them with their numbers.
     """
     lines, problems = [], []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, text in enumerate(text_lines(read_text(path)), start=1):
         if text.strip():
             try:
                 lines.append(_parse_line(text, path.parent))

@@ -348,6 +348,13 @@ def test_wrong_lines_are_named_before_anything_is_made(tmp_path, line, message):
         read_lines(path)
 
 
+def test_a_list_in_another_encoding_is_named_with_the_line(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_bytes('{"video": "a", "caption": "a"}\n{"video": "a", "caption": "café"}\n'.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"clips.jsonl line 2 is not UTF-8: it has the byte 0xe9, which is é"):
+        read_lines(path)
+
+
 def test_tags_that_are_no_text_do_not_matter(tmp_path):
     write_clip(tmp_path / "a.mp4", 8, 3)
     with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4"), "w") as target:

@@ -1,0 +1,37 @@
+"""Text that people saved with whatever their editor does: read, or refused by file, line and encoding."""
+
+import re
+
+import pytest
+
+from magref_jax.files import read_text, text_lines
+
+CAFE = "naïve\ncafé\u2028狐\n"  # U+2028 separates lines for `str.splitlines`, and nowhere else
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_is_read_and_cut_as_editors_do(tmp_path, encoding, end):
+    path = tmp_path / "a.txt"
+    path.write_bytes(CAFE.replace("\n", end).encode(encoding))
+    assert text_lines(read_text(path)) == ["naïve", "café\u2028狐", ""]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\ncafé".encode("cp1252"), "line 2 is not UTF-8: it has the byte 0xe9, which is é in Windows-1252"),
+        ("a\r\rcafé".encode("cp1252"), "line 3 is not UTF-8"),
+        ("狐".encode("gb18030"), "line 1 is not UTF-8: it has the byte 0xba"),
+        (b"ab\x81", "line 1 is not UTF-8: it has the byte 0x81; save"),  # no character of Windows-1252
+        ("a\ncafé".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a\ncafé".encode("utf-32"), "is UTF-32; save it as UTF-8"),
+        ("a\nb".encode("utf-16-le"), "line 1 has a NUL byte: it is UTF-16, or no text"),
+        (b"a\nb\0", "line 2 has a NUL byte"),
+    ],
+)
+def test_other_encodings_are_named_with_file_and_line(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {re.escape(message)}"):
+        read_text(path)
