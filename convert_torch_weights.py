@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of matrices; norms, biases, modulation and the VAE stay as stored with bfloat16 (default: as stored)",
+        help="that matrices are stored and computed in; norms, biases, modulation and the VAE stay as stored with bfloat16 "
+        "(default: as stored, computed in bfloat16)",
     )
     p.add_argument(
         "--to", choices=tuple(export.TARGETS), help="write PyTorch weights: SOURCE is a model folder or a LoRA"
@@ -122,7 +123,7 @@ def from_torch(
     path: pathlib.Path, out: pathlib.Path | None, arguments: argparse.Namespace, only: tuple[str, ...]
 ) -> None:
     source = sources.read_source(path, only)
-    config = sources.model_config(source, read_settings(arguments.set))
+    config = sources.model_config(source, read_settings(arguments.set), arguments.dtype)
     abstract = pipeline.abstract_params(config, only=tuple(source.networks))
     plan = conversion.make_plan(source, config, abstract, arguments.dtype)
     print(conversion.describe(plan, out or pathlib.Path("none given")))

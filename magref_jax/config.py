@@ -204,6 +204,24 @@ class ModelConfig:
         return from_dict(cls, json.loads(text), "config")
 
 
+def with_dtype(config: ModelConfig, dtype: DType | None) -> ModelConfig:
+    """The config whose networks all compute in `dtype`, whatever their parameters are stored in; None changes nothing.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype is None:
+        return config
+    allowed = typing.get_args(DType)
+    if dtype not in allowed:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose from {', '.join(allowed)}.")
+    networks = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return dataclasses.replace(
+        config,
+        **{name: dataclasses.replace(part, dtype=dtype) for name, part in networks.items() if hasattr(part, "dtype")},
+    )
+
+
 T = TypeVar("T")
 
 

@@ -49,7 +49,7 @@ from magref_jax.conditioning.inputs import (
 )
 from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject, clean_prompt
-from magref_jax.config import ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config
+from magref_jax.config import DType, ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config, with_dtype
 from magref_jax.convert.lora import Lora, apply_loras, read_lora
 from magref_jax.diffusion.flow import make_schedule
 from magref_jax.diffusion.sampling import (
@@ -308,19 +308,20 @@ def load(
     folder: str | pathlib.Path,
     mesh: Mesh | None = None,
     *,
+    dtype: DType | None = None,
     verify: bool = True,
     loras: Sequence[tuple[Lora | str | pathlib.Path, float]] = (),
 ) -> Model:
     """Reads a model folder; parameters come in the dtype they are stored in, straight to the devices of `mesh`.
 
-    `loras` are files, or what `read_lora` made of them, with their strengths; they are merged into the transformer.
+    `dtype` is what all networks compute in; None is what the folder's config says of each. `loras` are files, or what `read_lora` made of them, with their strengths; they are merged into the transformer.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
-        ValueError: a file is damaged, or parameters or a LoRA do not fit the config.
+        ValueError: an unknown dtype, a damaged file, or parameters or a LoRA that do not fit the config.
     """
     folder = pathlib.Path(folder)
-    config = load_model_config(folder)
+    config = with_dtype(load_model_config(folder), dtype)
     abstract = place_params(mesh, abstract_params(config))
     found = [
         (lora if isinstance(lora, Lora) else read_lora(lora, config.dit, abstract["dit"]), strength)
@@ -332,7 +333,7 @@ def load(
             f"{folder / 'tokenizer'} has {len(tokenizer)} tokens, more than text_encoder.vocab_size="
             f"{config.text_encoder.vocab_size}."
         )
-    config, params = restore_model(folder, abstract, verify=verify)
+    _, params = restore_model(folder, abstract, verify=verify)
     if found:
         params["dit"] = apply_loras(params["dit"], found, donate=True)
     return Model(config, params, tokenizer, mesh)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from magref_jax import pipeline
+from magref_jax.checkpoint import save_model
+from magref_jax.config import with_dtype
 from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.models import vae
 from magref_jax.models.dit import DiT, SubjectInjection
@@ -381,6 +383,20 @@ def test_parameters_are_loaded_as_stored_and_computed_with_in_float32(model):
     ):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_a_folder_that_computes_in_bfloat16_computes_in_float32_when_asked_to(model, model_folder, tmp_path):  # noqa: F811
+    shutil.copytree(model_folder, tmp_path / "model")
+    narrow = with_dtype(CONFIG, "bfloat16")
+    save_model(tmp_path / "model", narrow, {})
+    exact = pipeline.load(tmp_path / "model", dtype="float32")
+    expected, found = generate(model, [request()]), generate(exact, [request()])
+    assert expected.latents.std() > 0.1
+    np.testing.assert_array_equal(found.latents, expected.latents)
+    np.testing.assert_array_equal(found.frames, expected.frames)
+    assert pipeline.load(tmp_path / "model").config == narrow
+    with pytest.raises(ValueError, match="dtype='float16' is unknown; choose from float32, bfloat16"):
+        pipeline.load(tmp_path / "model", dtype="float16")
 
 
 def test_large_clips_stream_through_the_vae(model, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from magref_jax.checkpoint import file_digest
-from magref_jax.config import ModelConfig, VAEConfig, from_dict
+from magref_jax.config import DType, ModelConfig, VAEConfig, from_dict
 from magref_jax.convert.rules import Layout
 from magref_jax.convert.tensor_files import StoredTensor, check_pth, read_pth, read_safetensors
 
@@ -500,15 +500,19 @@ CONFIGS: dict[str, Callable[[_Shapes, Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def model_config(source: Source, settings: Mapping[str, Any] | None = None) -> ModelConfig:
+def model_config(source: Source, settings: Mapping[str, Any] | None = None, dtype: DType | None = None) -> ModelConfig:
     """The config of the model folder. Networks that are not in the source get the sizes of the release.
 
+    `dtype` is what the DiT and the encoders of the source compute in; the VAE computes in float32 as it is stored.
     `settings` are fields by dotted path, such as {"image_encoder.num_heads": 16}; they win over what shapes tell.
 
     Raises:
         ValueError: a setting that does not exist, or sizes that do not fit together.
     """
     values: dict[str, Any] = {name: dict(network.config) for name, network in source.networks.items()}
+    if dtype is not None:
+        for name in values.keys() - {"vae"}:
+            values[name]["dtype"] = dtype
     dit = values.get("dit", {})
     if dit and dit["image_dim"] is None:
         # Text-to-video: no CLIP, and no canvas to cut from the start of the video.

@@ -152,6 +152,21 @@ def test_dtypes_are_those_of_the_file_or_what_was_asked_for(sources, tmp_path):
     assert {array.dtype for array in stored(tmp_path / "half", "vae").values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--dtype", "bfloat16"), ["bfloat16", "float32", "bfloat16", "bfloat16"]),
+        (("--dtype", "float32"), ["float32"] * 4),
+        (("--dtype", "float32", "--set", "dit.dtype=bfloat16"), ["bfloat16", "float32", "float32", "float32"]),
+        (("--dtype", "float32", "--only", "dit"), ["float32", "float32", "bfloat16", "bfloat16"]),
+    ],
+)
+def test_what_is_stored_in_a_dtype_because_it_was_asked_for_computes_in_it(sources, tmp_path, options, expected):
+    run(sources["official"][0], tmp_path / "model", *options)
+    config = load_model_config(tmp_path / "model")
+    assert [getattr(config, name).dtype for name in checkpoint.NETWORKS] == expected
+
+
 def test_files_of_mixed_dtypes_and_scaled_8_bit_floats(tmp_path):
     tensors = torch_folders.tensors("dit", "wan")
     scales = {}

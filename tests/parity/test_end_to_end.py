@@ -4,7 +4,6 @@ One folder in the official layout is read by both sides: by diffusers' and trans
 by the conversion into a model folder. The torch side is given our canvas, our region mask and the noise, nothing else.
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import NamedTuple
@@ -21,9 +20,16 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 import convert_torch_weights
-from magref_jax import checkpoint, pipeline
+from magref_jax import pipeline
 from magref_jax.conditioning.case import encode_cases, stack_cases
-from magref_jax.config import DiTConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from magref_jax.config import (
+    DiTConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    load_model_config,
+)
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import torch_shapes
 from magref_jax.convert.text_encoder import text_encoder_rules
@@ -131,9 +137,9 @@ def noise() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model(official, tmp_path_factory) -> pipeline.Model:
-    model = pipeline.load(to_model_folder(official, tmp_path_factory.mktemp("converted") / "model"))
-    float32 = {name: dataclasses.replace(getattr(model.config, name), dtype="float32") for name in checkpoint.NETWORKS}
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, **float32))
+    folder = to_model_folder(official, tmp_path_factory.mktemp("converted") / "model")
+    assert load_model_config(folder).dit.dtype == "bfloat16"
+    return pipeline.load(folder, dtype="float32")
 
 
 @pytest.fixture(scope="module")
