@@ -399,7 +399,7 @@ def plan_report(arguments: argparse.Namespace) -> str:
             "guidance_scale": arguments.guidance,
             "reference_guidance_scale": arguments.reference_guidance,
         }
-        sampling = {name: value for name, value in asked.items() if value is not None}
+        sampling: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         return planner.report_sampling(
             arguments.model, arguments.plan, arguments.mesh or "", arguments.batch_size, arguments.plan_json, **sampling
         )

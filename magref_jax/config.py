@@ -7,11 +7,15 @@ embedding, softmax, the DiT head and the solver run in float32 whatever `dtype` 
 """
 
 import dataclasses
+import difflib
+import functools
 import json
 import pathlib
 import types
 import typing
 from typing import Any, Literal, TypeVar
+
+from magref_jax.command import check_local
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
@@ -242,6 +246,70 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str) -> T:
     return cls(**{name: build(name, value) for name, value in values.items()})
 
 
-def load_model_config(folder: pathlib.Path) -> ModelConfig:
-    """Reads `config.json` of a model folder."""
-    return ModelConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+RELEASED = "magref-14b"  # in place of a model folder: what the released weights are, for plans, which need no weights
+
+
+def load_model_config(folder: str | pathlib.Path) -> ModelConfig:
+    """Reads `config.json` of a model folder.
+
+    Raises:
+        FileNotFoundError: it is not there; says what was expected, and where the nearest model folder is.
+        ValueError: the folder holds something else, such as PyTorch weights, or the config is not one of a model.
+    """
+    check_local("the model folder", folder)
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise (ValueError if folder.exists() and _torch_weights(folder) else FileNotFoundError)(_no_model(folder))
+    try:
+        return ModelConfig.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        # diffusers and the official code have a config.json too.
+        is_ours = (folder / "dit").is_dir()
+        says = f"{path}: {str(error).removeprefix('config: ')}" if is_ours else _no_model(folder)
+        raise ValueError(says) from None
+
+
+_PARTS = "config.json, MANIFEST.json, tokenizer/, dit/, vae/, text_encoder/ and, if it takes references, image_encoder/"
+_TORCH = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", ".distcp")
+
+
+def _no_model(folder: pathlib.Path) -> str:
+    """Why something is no model folder, and what may have been meant."""
+    nearest = _nearest_model(folder)
+    meant = "" if nearest is None else f" The nearest model folder is {nearest}."
+    if not folder.exists():
+        return f"{folder} does not exist; a model folder holds {_PARTS}.{meant}"
+    if weights := _torch_weights(folder):
+        name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+        return (
+            f"{folder} is no model folder, it holds PyTorch weights ({weights}); make one of them with "
+            f"`python convert_torch_weights.py {folder} models/{name.lower()}`."
+        )
+    if not folder.is_dir():
+        return f"{folder} is a file; a model is a folder with {_PARTS}.{meant}"
+    reason = "its config.json is not that of a model" if (folder / "config.json").exists() else "it has no config.json"
+    return f"{folder} is no model folder: {reason}. One holds {_PARTS}.{meant}"
+
+
+def _torch_weights(path: pathlib.Path) -> str | None:
+    """A file of PyTorch weights: the path itself, or one in the folder or in a folder of that."""
+    if path.is_file():
+        return path.name if path.name.endswith(_TORCH) else None
+    if (path / "dit").is_dir():
+        return None
+    found = (file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)))
+    return next((str(file.relative_to(path)) for file in found if file.name.endswith(_TORCH)), None)
+
+
+def _nearest_model(folder: pathlib.Path) -> pathlib.Path | None:
+    """The model folder with the most similar path, inside this folder, as deep as it, or in `models`; else the bundled one."""
+    above, depth = folder, 0
+    while not above.is_dir() and above != above.parent:
+        above, depth = above.parent, depth + 1
+    places = {(above, min(max(1, depth), 3)), (folder.parent, 1), (pathlib.Path("models"), 1)}
+    bundled = pathlib.Path(__file__).parent / "bundled" / "emoji"
+    configs = [path for place, levels in places for path in place.glob("*/" * levels + "config.json")]
+    found = sorted({path.parent for path in configs if (path.parent / "dit").is_dir()})
+    likeness = functools.partial(difflib.SequenceMatcher, None, str(folder))
+    return max(found, key=lambda path: likeness(str(path)).ratio(), default=bundled if bundled.is_dir() else None)

@@ -59,7 +59,7 @@ class Job:
             # The presets are beside the package, in the repository root, and so is what reads them.
             config = importlib.import_module("train").load_config(f"configs/{self.preset}.py")
             config = dataclasses.replace(config, accumulation_steps=self.parts)
-            return planner.plan_training(config, self.topology, self.mesh)
+            return planner.plan_training(config, self.topology, self.mesh, model=ModelConfig())
         width, height = SIZES[self.size]
         return planner.plan_sampling(
             pipeline.with_sampling(ModelConfig(), width=width, height=height), self.topology, self.mesh

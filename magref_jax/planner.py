@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from magref_jax import pipeline
 from magref_jax.checkpoint import Params
-from magref_jax.config import ModelConfig, Remat, load_model_config
+from magref_jax.config import RELEASED, DType, ModelConfig, Remat, load_model_config, with_dtype
 from magref_jax.data.precompute import encode_batch
 from magref_jax.files import replacing
 from magref_jax.hlo import Collective, count_flops, parse_collectives
@@ -87,6 +87,10 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # in which chips are connected; 1 for others
+CORES = ("v4", "v5p")  # rented by their number of cores, two on a chip
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """So many chips of one kind, and how they are connected."""
@@ -100,18 +104,41 @@ def parse_topology(text: str) -> Topology:
     """The topology of "v5p:4x4x8", "v6e:2x4", "h100:8" or "cpu:8".
 
     Raises:
-        ValueError: an unknown chip, or no sizes.
+        ValueError: an unknown chip, or no sizes; of the name of a machine such as "v6e-8", says what its topology is.
     """
     name, colon, sizes = text.strip().lower().partition(":")
+    if (meant := _topology_of_machine(text)) is not None:
+        raise ValueError(f"topology={text!r} is the name of a machine; as CHIP:SIZES, in chips, it is {meant}.")
     if name not in CHIPS:
         raise ValueError(f"topology={text!r} names the chip {name!r}; there are {', '.join(CHIPS)}.")
     if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
         raise ValueError(f"topology={text!r} must be CHIP:SIZES, such as v5p:4x4x8 or h100:8.")
     chip, shape = CHIPS[name], [int(size) for size in sizes.split("x")]
-    dimensions = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)
+    dimensions = DIMENSIONS.get(name, 1)
     if len(shape) != dimensions:
         raise ValueError(f"topology={text!r} has {len(shape)} sizes; {name} is connected in {dimensions} dimensions.")
     return Topology(f"{name}:{sizes}", chip, math.prod(shape))
+
+
+def _topology_of_machine(text: str) -> str | None:
+    """Of a name that Google rents TPUs by, such as "v5p-128" or "v5litepod-16", or of "8xh100", what we call it."""
+    name = re.fullmatch(r"(?P<chip>\w+)-(?P<count>\d+)|(?P<number>\d+) ?x ?(?P<gpu>\w+)", text.strip().lower())
+    if name is None:
+        return None
+    chip, count = name["chip"] or name["gpu"], int(name["count"] or name["number"])
+    chip = "v5e" if chip == "v5litepod" else chip
+    if chip not in CHIPS or count < 1:
+        return None
+    if chip not in DIMENSIONS:
+        return f"{chip}:{count}"
+    chips, dimensions = count // 2 if chip in CORES else count, DIMENSIONS[chip]
+    doublings = chips.bit_length() - 1
+    if chips != 2**doublings:  # shapes of their own
+        return None
+    # As equal as they can be, the smallest first; four chips of three dimensions are one face of a cube.
+    sizes = [2 ** ((doublings + index) // dimensions) for index in range(dimensions)]
+    sizes = [2, 2, 1] if (chips, dimensions) == (4, 3) else sizes
+    return f"{chip}:{'x'.join(map(str, sizes))}"
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
@@ -304,20 +331,20 @@ def training_program(
         config: the preset; of its phases, that with the most latents in a batch is taken.
         topology: see `parse_topology`.
         mesh: see `sharding.make_mesh`.
-        model: in place of that of the preset's model folder, which need not be there: the released 14B then.
+        model: in place of that of the preset's model folder.
         batch_size: of all chips together, in place of the phase's.
         remat: in place of the preset's.
         attention: the implementation; that of "auto" on the chip if not given.
 
     Raises:
+        FileNotFoundError: there is no such model folder, and neither `model` nor the preset says what is in it.
         ValueError: the preset does not train a DiT, or an argument is not of this form.
     """
     task = config.task
     if not isinstance(task, DiTTask):
         raise ValueError("config trains the VAE; only the training of a DiT can be planned.")
     target = parse_topology(topology)
-    if model is None:
-        model = model_config(task) if (task.folder / "config.json").is_file() else task.model or ModelConfig()
+    model = model or _trained_model(task)
     in_training = {
         "dtype": task.dtype or model.dit.dtype,
         "remat": remat or task.remat or model.dit.remat,
@@ -431,6 +458,7 @@ def sampling_program(
             "videos": batch_size,
             "branches": branches,
             "size": f"{config.sampling.width}x{config.sampling.height}x{config.sampling.num_frames}",
+            "dtype": config.dit.dtype,
             "attention": config.dit.attention,
             "solver steps": config.sampling.num_inference_steps,
         },
@@ -657,7 +685,7 @@ def auto_training(
     if not isinstance(task, DiTTask):
         raise ValueError("config trains the VAE; only the training of a DiT can be planned.")
     target = parse_topology(topology)
-    known = model or task.model or ModelConfig()
+    known = model or _trained_model(task)
     rows = batch_size or max(phase.batch_size for phase in task.phases)
     meshes = _promising(
         mesh_candidates(target.num_devices, rows // config.accumulation_steps, known), most // len(remats)
@@ -688,30 +716,64 @@ def _promising(meshes: Sequence[str], most: int) -> list[str]:
     return sorted(meshes, key=cost)[:most]
 
 
+def model_to_plan(folder: pathlib.Path) -> ModelConfig:
+    """The config of a model folder, or of `RELEASED`, which is a name and no folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds something else.
+    """
+    if str(folder) == RELEASED:
+        return ModelConfig()
+    try:
+        return load_model_config(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} {RELEASED} in its place plans the released 14B without its weights."
+        ) from None
+
+
+def _trained_model(task: DiTTask) -> ModelConfig:
+    """What a preset trains; the model folder of one that says all of its model need not be there yet."""
+    if task.model is not None and (str(task.folder) == RELEASED or not task.folder.exists()):
+        return task.model
+    stored = model_to_plan(task.folder)
+    return stored if task.model is None else model_config(task)
+
+
 def report_training(config: TrainConfig, topology: str, mesh: str, file: pathlib.Path | None) -> str:
     """What `train.py --plan` prints and writes: a plan of this mesh, or of `auto` those that may be best."""
     use_cpu(parse_topology(topology))
     plans = auto_training(config, topology) if mesh == "auto" else [plan_training(config, topology, mesh or "fsdp=-1")]
-    return _report(plans, file)
+    task = config.task
+    return _report(plans, str(task.folder) if isinstance(task, DiTTask) else "", file)
 
 
 def report_sampling(
-    folder: pathlib.Path, topology: str, mesh: str, batch_size: int, file: pathlib.Path | None, **sampling: Any
+    folder: pathlib.Path,
+    topology: str,
+    mesh: str,
+    batch_size: int,
+    file: pathlib.Path | None,
+    *,
+    dtype: DType | None = None,
+    **sampling: Any,
 ) -> str:
-    """As `report_training`, for `sample.py --plan`; a model folder that is not there stands for the released 14B.
+    """As `report_training`, for `sample.py --plan`; `folder` may be `RELEASED`.
 
-    `sampling` are fields of `SamplingConfig`, in place of the folder's.
+    `dtype` and `sampling`, fields of `SamplingConfig`, are in place of the folder's.
     """
     use_cpu(parse_topology(topology))
-    config = pipeline.with_sampling(load_model_config(folder) if folder.is_dir() else ModelConfig(), **sampling)
+    config = pipeline.with_sampling(with_dtype(model_to_plan(folder), dtype), **sampling)
     if mesh == "auto":
         plans = auto_sampling(config, topology, batch_size=batch_size)
     else:
         plans = [plan_sampling(config, topology, mesh or "fsdp=-1", batch_size=batch_size)]
-    return _report(plans, file)
+    return _report(plans, str(folder), file)
 
 
-def _report(plans: Sequence[Plan], file: pathlib.Path | None) -> str:
+def _report(plans: Sequence[Plan], model: str, file: pathlib.Path | None) -> str:
+    plans = [dataclasses.replace(plan, settings={"model": model} | dict(plan.settings)) for plan in plans]
     if file is not None:
         with replacing(file) as part:
             part.write_text(plans[0].to_json(), encoding="utf-8")

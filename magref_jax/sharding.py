@@ -40,7 +40,7 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         ValueError: an unknown or repeated axis, no whole number, sizes that do not use every device exactly once, or that
             would have `tensor` leave a slice.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    given, devices = devices is not None, jax.devices() if devices is None else list(devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
     named = []
     for part in filter(None, (part.strip() for part in spec.split(","))):
@@ -61,7 +61,12 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         sizes[rest[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1 device"
-        raise ValueError(f"mesh={spec!r} means {asked}, which does not use the {len(devices)} devices exactly once.")
+        # A CPU is one device, unless one says otherwise before JAX starts.
+        more = f" JAX_NUM_CPU_DEVICES={known} in the environment makes so many of a CPU."
+        hint = more if not given and not rest and devices[0].platform == "cpu" else ""
+        raise ValueError(
+            f"mesh={spec!r} means {asked}, which does not use the {len(devices)} devices exactly once.{hint}"
+        )
     # Auto: in the default, explicit mode Linen layers refuse a contraction over a cut dimension.
     types = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(_arrange(spec, sizes, devices), MESH_AXES, axis_types=types)

@@ -1,11 +1,14 @@
-"""What a config holds, what it refuses, and how it is read."""
+"""What a config holds, what it refuses, and how it is read: which folders are model folders, and what is said of the others."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
-from magref_jax.config import ModelConfig, with_dtype
+from magref_jax import config
+from magref_jax.config import ModelConfig, load_model_config, with_dtype
 
+BUNDLED = pathlib.Path(config.__file__).parent / "bundled" / "emoji"
 NETWORKS = ("dit", "vae", "text_encoder", "image_encoder")
 
 
@@ -32,3 +35,58 @@ def test_all_networks_compute_in_the_dtype_that_is_asked_for(dtype, expected):
 def test_a_dtype_that_nothing_computes_in_is_refused(dtype):
     with pytest.raises(ValueError, match="^dtype=.* is unknown; choose from float32, bfloat16"):
         with_dtype(ModelConfig(), dtype)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two model folders, a training run with one in it, weights of others, and things that are none."""
+    monkeypatch.chdir(tmp_path)
+    text = (BUNDLED / "config.json").read_text()
+    for name in ("models/magref", "models/wan", "runs/smoke/model"):
+        pathlib.Path(name, "dit").mkdir(parents=True)
+        pathlib.Path(name, "config.json").write_text(text)
+    pathlib.Path("runs/smoke/config.json").write_text('{"num_steps": 3}')
+    for name in (
+        "hub/Wan-I2V/transformer/model.safetensors",
+        "hub/MAGREF/diffusion.safetensors",
+        "hub/vae.pth",
+        "a.txt",
+    ):
+        pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(name).touch()
+    pathlib.Path("hub/MAGREF/config.json").write_text('{"_class_name": "WanModel"}')
+    pathlib.Path("empty").mkdir()
+    pathlib.Path("old/damaged/dit").mkdir(parents=True)
+    pathlib.Path("old/damaged/config.json").write_text(text[:-20])
+
+
+@pytest.mark.parametrize(
+    ("folder", "error", "start", "end"),
+    [
+        ("models/magreff", FileNotFoundError, "models/magreff does not exist; a model folder holds config.json,", "models/magref."),
+        ("models/wam", FileNotFoundError, "models/wam does not exist", "models/wan."),
+        ("model/wan", FileNotFoundError, "model/wan does not exist", "models/wan."),
+        ("magref", FileNotFoundError, "magref does not exist", "models/magref."),
+        ("runs/smoke", ValueError, "runs/smoke is no model folder: its config.json is not", "runs/smoke/model."),
+        ("runs/smok/model", FileNotFoundError, "runs/smok/model does not exist", "runs/smoke/model."),
+        ("empty", FileNotFoundError, "empty is no model folder: it has no config.json", "models/magref."),
+        ("a.txt", FileNotFoundError, "a.txt is a file", "models/wan."),
+        ("hub/Wan-I2V", ValueError, "hub/Wan-I2V is no model folder, it holds PyTorch weights", "models/wan-i2v`."),
+        ("hub/MAGREF", ValueError, "hub/MAGREF is no model folder, it holds PyTorch", "_weights.py hub/MAGREF models/magref`."),
+        ("hub/vae.pth", ValueError, "hub/vae.pth is no model folder, it holds PyTorch", "_weights.py hub/vae.pth models/vae`."),
+        ("gs://bucket/model", ValueError, "the model folder gs://bucket/model: gs:// cannot", "bucket."),
+        ("old/damaged", ValueError, "old/damaged/config.json: Expecting", ")"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_folder_is_named_with_the_nearest_one(folders, folder, error, start, end):
+    with pytest.raises(error) as refused:
+        load_model_config(folder)
+    assert str(refused.value).startswith(start)
+    assert str(refused.value).endswith(end)
+    assert "Errno" not in str(refused.value)
+
+
+def test_without_any_model_folder_the_bundled_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"The nearest model folder is .*bundled.emoji\.$"):
+        load_model_config(pathlib.Path("models/magref"))

@@ -32,9 +32,9 @@ MODEL = dataclasses.replace(
 )
 
 
-def preset(batch_size=8, ema=0.99, **task):
+def preset(batch_size=8, ema=0.99, folder="magref-14b", **task):
     return TrainConfig(
-        task=DiTTask(pathlib.Path("nowhere"), RecordData(()), (Phase(10, batch_size),), **task),
+        task=DiTTask(pathlib.Path(folder), RecordData(()), (Phase(10, batch_size),), **task),
         optimizer=OptimizerConfig(ema_decay=ema),
         num_steps=10,
     )
@@ -62,6 +62,16 @@ def test_topologies(text, num_devices, kind):
         ("v5p:4x0x4", "must be CHIP:SIZES"),
         ("v5p:4x4", "has 2 sizes; v5p is connected in 3 dimensions"),
         ("v6e:2x2x2", "has 3 sizes; v6e is connected in 2 dimensions"),
+        # As cloud.google.com/tpu/docs names and shapes them.
+        ("v6e-8", "is the name of a machine; as CHIP:SIZES, in chips, it is v6e:2x4."),
+        ("v6e-256", "it is v6e:16x16."),
+        ("v5litepod-16", "it is v5e:4x4."),
+        ("v5p-8", "it is v5p:2x2x1."),
+        ("v5p-64", "it is v5p:2x4x4."),
+        ("v4-32", "it is v4:2x2x4."),
+        ("8 x H100", "it is h100:8."),
+        ("h100-8", "it is h100:8."),
+        ("v5p-24", "names the chip 'v5p-24'"),
     ],
 )
 def test_topologies_that_are_none(text, message):
@@ -209,10 +219,34 @@ def test_a_sampling_step_is_planned_at_the_size_that_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(planner, "plan_sampling", plan)
     size = {"width": 1280, "height": 720}
-    text = planner.report_sampling(pathlib.Path("nowhere"), "h100:8", "fsdp=8", 1, None, **size)
-    assert "size 1280x720" in text
+    text = planner.report_sampling(pathlib.Path("magref-14b"), "h100:8", "fsdp=8", 1, None, **size)
+    assert "model magref-14b, size 1280x720" in text
     with pytest.raises(ValueError, match="height=721"):
-        planner.report_sampling(pathlib.Path("nowhere"), "h100:8", "fsdp=8", 1, None, height=721)
+        planner.report_sampling(pathlib.Path("magref-14b"), "h100:8", "fsdp=8", 1, None, height=721)
+
+
+def test_a_model_that_is_not_there_is_not_planned_as_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        planner, "plan_sampling", lambda config, *_, **__: some_plan(settings={"width": config.dit.dim})
+    )
+    bundled = pathlib.Path(planner.__file__).parent / "bundled" / "emoji"
+    dim = json.loads((bundled / "config.json").read_text())["dit"]["dim"]
+    reported = planner.report_sampling(bundled, "h100:8", "", 1, tmp_path / "plan.json")
+    assert f"model {bundled}, width {dim}" in reported
+    assert json.loads((tmp_path / "plan.json").read_text())["settings"]["model"] == str(bundled)
+    assert "model magref-14b, width 5120" in planner.report_sampling(pathlib.Path("magref-14b"), "h100:8", "", 1, None)
+    absent = tmp_path / "magref"
+    for plan in (
+        lambda: planner.report_sampling(absent, "h100:8", "", 1, None),
+        lambda: planner.report_training(preset(folder=absent), "h100:8", "", None),
+        lambda: planner.report_training(preset(folder=absent), "h100:8", "auto", None),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=rf"^{absent} does not exist; a model folder holds .*magref-14b in its"
+        ):
+            plan()
+    # A preset that says what it trains needs no folder for it.
+    assert planner._trained_model(preset(folder=absent, model=MODEL).task) == MODEL
 
 
 @pytest.mark.parametrize(("topology", "flops"), [("cpu:1", 2 * 8**3), ("h100:1", 0)])
