@@ -588,6 +588,7 @@ def check_entries(
     check_keys(entries, checks)
     # Each image, and each cell that an image is for, once, however many entries have them.
     size_of_image = functools.cache(functools.partial(_outcome, images.check_image, strict_parity=strict_parity))
+    notes_on_image = functools.cache(functools.partial(images.image_notes, strict_parity=strict_parity))
     fits = functools.cache(functools.partial(_outcome, _check_cells))
     options = functools.cache(functools.partial(_outcome, resolve))
     checked = []
@@ -595,6 +596,9 @@ def check_entries(
         problems: list[str] = []
         sampling = options(**{name: value for name, value in entry.overrides.items() if name != "seed"})
         sizes = [size_of_image(reference.path) for reference in entry.references]
+        for reference, size in zip(entry.references, sizes, strict=True):
+            if not isinstance(size, ValueError):
+                checks.notes += notes_on_image(reference.path)
         problems += [str(outcome) for outcome in (sampling, *sizes) if isinstance(outcome, ValueError)]
         if entry.references and not takes_references:
             problems.append(f"has {len(entry.references)} references, but this is a text-to-video model.")

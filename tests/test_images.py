@@ -9,10 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 
 from magref_jax import images
-from magref_jax.images import check_image, read_image, to_rgb
+from magref_jax.data.clips import view_image
+from magref_jax.data.prepare import read_reference
+from magref_jax.data.records import View
+from magref_jax.images import check_image, image_notes, read_image, to_rgb
 
 ORIENTATION = 0x0112
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
@@ -62,6 +65,16 @@ def test_a_jpeg_photograph_is_turned_upright(tmp_path):
     assert np.abs(np.subtract(upright.getpixel((1, 4)), (0, 0, 255))).max() < 8
 
 
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0", b"Exif\0\0no TIFF header", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_damaged_exif_is_no_damaged_picture(tmp_path, suffix, exif):
+    Image.new("RGB", (40, 20), RED).save(tmp_path / f"image.{suffix}", exif=exif)
+    assert check_image(tmp_path / f"image.{suffix}") == (40, 20)
+
+
 def palette(transparency=None):
     image = Image.new("P", (2, 1))
     image.putpalette([200, 10, 10, 10, 200, 10])
@@ -95,6 +108,8 @@ SIXTEEN = Image.fromarray(np.array([[0, 300, 30000, 65535]], np.uint16))
         ("colour.bmp", Image.new("RGB", (1, 1), RED), {}, [RED], [RED]),
         ("misnamed.bmp", Image.new("RGB", (1, 1), RED), {"format": "PNG"}, [RED], [RED]),
         ("thin.png", Image.new("RGB", (1, 10000), RED), {}, [RED] * 10000, [RED] * 10000),
+        ("colour.gif", Image.new("RGB", (1, 1), RED), {}, [RED], [RED]),
+        ("clear.gif", *palette(0), [WHITE, GREEN], [RED, GREEN]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -114,13 +129,167 @@ def test_sixteen_bit_grey_may_be_transparent(tmp_path):
     assert pixels(tmp_path / "keyed.png")[0, :, 0].tolist() == [0, 255, 117, 255]
 
 
-@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("webp", {"lossless": True})])
+@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("webp", {"lossless": True}), ("gif", {})])
 def test_the_first_picture_of_an_animation(tmp_path, suffix, options):
     path = tmp_path / f"moving.{suffix}"
     first, second = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), GREEN)
     first.save(path, save_all=True, append_images=[second], duration=100, **options)
-    assert Image.open(path).n_frames == 2
     assert set(map(tuple, pixels(path).reshape(-1, 3).tolist())) == {RED}
+    assert image_notes(path) == (f"{path}: it is animated: the first of its 2 pictures is used.",)
+    first.save(path, **options)
+    assert image_notes(path) == ()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot")
+def test_avif(tmp_path):
+    Image.new("RGBA", (64, 32), (*RED, 0)).save(tmp_path / "clear.avif")
+    Image.new("RGB", (64, 32), RED).save(tmp_path / "colour.avif", quality=100)
+    assert pixels(tmp_path / "clear.avif").min() == 255
+    assert np.abs(pixels(tmp_path / "colour.avif") - np.array(RED)).max() <= 2
+
+
+def profile(space, tags):
+    """A colour profile of version 2, as the specification ICC.1:2001-04 writes it."""
+    table, data = b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    content = struct.pack(">I", len(tags)) + table + data
+    kind, connection = (b"prtr", b"Lab ") if space == b"CMYK" else (b"mntr", b"XYZ ")
+    header = struct.pack(">I4sI4s4s4s", 128 + len(content), bytes(4), 0x02100000, kind, space, connection)
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)  # D50
+    return header.ljust(128, b"\0") + content
+
+
+def xyz(*values):
+    return struct.pack(">4s4x3i", b"XYZ ", *(round(value * 65536) for value in values))
+
+
+def curve(*values):
+    """From stored to linear: the exponent, or a table."""
+    numbers = [round(values[0] * 256)] if len(values) == 1 else [round(value * 65535) for value in values]
+    return struct.pack(f">4s4xI{len(numbers)}H", b"curv", len(numbers), *numbers)
+
+
+def rgb_profile(primaries, tone):
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    tags = {name: xyz(*values) for name, values in zip(names, primaries, strict=True)}
+    return profile(b"RGB ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), tone) | {b"wtpt": xyz(0.9642, 1, 0.8249)})
+
+
+def cmyk_profile(cyan):
+    """Cyan prints as this colour, byte values of L, a and b; black as black, and the other inks as white."""
+    ramp = bytes(range(256))
+    grid = b"".join(bytes([0, 128, 128] if i & 1 else cyan if i & 8 else [255, 128, 128]) for i in range(16))
+    matrix = struct.pack(">9i", *(65536 * (index % 4 == 0) for index in range(9)))
+    return profile(b"CMYK", {b"A2B0": b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + grid + ramp * 3})
+
+
+# Linear light of sRGB, by IEC 61966-2-1; and primaries as XYZ under D50, rounded as the profiles of Adobe and Apple have them.
+SRGB_TONE = curve(*(v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.linspace(0, 1, 1024)))
+SRGB = rgb_profile([(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)], SRGB_TONE)
+P3 = rgb_profile([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)], SRGB_TONE)
+ADOBE = rgb_profile([(0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)], curve(563 / 256))
+GREY = profile(b"GRAY", {b"kTRC": curve(1.0), b"wtpt": xyz(0.9642, 1, 0.8249)})  # linear
+CMYK = cmyk_profile((138, 209, 198))  # the red of sRGB
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "stored", "icc", "expected"),
+    [
+        # What the primaries of sRGB are in the wider spaces: values of published converters.
+        ("p3.png", "RGB", (234, 51, 35), P3, (255, 0, 0)),
+        ("p3.jpg", "RGB", (234, 51, 35), P3, (255, 0, 0)),
+        ("p3.webp", "RGB", (0, 0, 245), P3, (0, 0, 255)),
+        ("clear.png", "RGBA", (234, 51, 35, 51), P3, (255, 204, 204)),
+        ("adobe.png", "RGB", (219, 0, 0), ADOBE, (255, 0, 0)),
+        ("adobe.jpg", "RGB", (144, 255, 60), ADOBE, (0, 255, 0)),
+        ("palette.png", "P", (234, 51, 35), P3, (255, 0, 0)),
+        ("grey.png", "L", 55, GREY, (128,) * 3),  # 0.2159 of the light
+        ("grey.jpg", "L", 55, GREY, (128,) * 3),
+        ("grey_alpha.png", "LA", (55, 51), GREY, (230,) * 3),  # 0.2 · 128 + 0.8 · 255
+        ("sixteen.png", "I;16", 55 * 257, GREY, (128,) * 3),
+        ("bit.png", "1", 1, GREY, (255,) * 3),
+        ("grey_in_rgb.png", "L", 32, ADOBE, (26,) * 3),  # 32 ** 2.2 of the light
+        ("cyan.jpg", "CMYK", (255, 0, 0, 0), CMYK, (255, 0, 0)),
+        ("magenta.jpg", "CMYK", (0, 255, 0, 0), CMYK, (255, 255, 255)),
+    ],
+)
+def test_colours_are_those_of_the_profile(tmp_path, name, mode, stored, icc, expected):
+    image = Image.new(mode, (8, 8), stored if mode != "P" else 0)
+    if mode == "P":
+        image.putpalette(stored)
+    options = {".jpg": {"quality": 100}, ".webp": {"lossless": True}}.get((tmp_path / name).suffix, {})
+    image.save(tmp_path / name, icc_profile=icc, **options)
+    assert np.abs(pixels(tmp_path / name).astype(int) - expected).max() <= 3
+    assert image_notes(tmp_path / name) == ()
+    # The official command line knows of no profile.
+    plain = Image.open(tmp_path / name).convert("RGB")
+    np.testing.assert_array_equal(pixels(tmp_path / name, strict_parity=True), plain)
+    # An image that was opened elsewhere is read alike, and so is a reference of a training clip.
+    stored_reference = view_image(View(read_reference(tmp_path / name, (8, 8)), "in_pair"))
+    for image in (Image.open(tmp_path / name), stored_reference):
+        np.testing.assert_array_equal(to_rgb(image), pixels(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("icc", "is_srgb"),
+    [
+        (SRGB, True),
+        (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), True),
+        (b"no profile", False),
+        (P3[:300], False),
+        (CMYK, False),
+        (GREY, False),
+    ],
+    ids=["ours", "LittleCMS", "damaged", "cut", "of another mode", "of grey"],
+)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_srgb_and_what_is_no_profile_change_no_bit(tmp_path, icc, is_srgb, channels):
+    noise = np.random.default_rng(2).integers(0, 256, (64, 64, channels), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png", icc_profile=icc)
+    found = np.asarray(read_image(tmp_path / "image.png", keep_alpha=True))
+    np.testing.assert_array_equal(found, noise)
+    notes = image_notes(tmp_path / "image.png")
+    if is_srgb:
+        assert notes == ()
+    else:
+        assert len(notes) == 1
+        assert "image.png: the colour profile cannot be used, and the colours are taken for sRGB: " in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "numbers", "expected"),
+    [
+        ("I;16", [0, 300, 30000, 65535], [0, 1, 117, 255]),
+        ("I;16B", [0, 300, 30000, 65535], [0, 1, 117, 255]),
+        ("I", [0, 300, 30000, 65535], [0, 1, 117, 255]),
+        ("I", [0, 7, 128, 255], [0, 7, 128, 255]),
+        ("I", [0, 0], [0, 0]),
+        ("I", [0, 4095], "are 0 to 4095, and which number is white cannot be told: scale them to 0..255 or 0..65535"),
+        ("I", [0, 65536], "are 0 to 65536, and"),
+        ("I", [-1, 255], "are -1 to 255, and"),
+        ("F", [0.0, 0.25, 0.5, 1.0], [0, 64, 128, 255]),
+        ("F", [0.0, 7.4, 128.0, 255.0], [0, 7, 128, 255]),
+        (
+            "F",
+            [0.0, 3.5],
+            "(mode F) are 0 to 3.5, and which number is white cannot be told: scale them to 0..1 or 0..255",
+        ),
+        ("F", [0.0, 65535.0], "are 0 to 65535, and"),
+        ("F", [-0.5, 1.0], "are -0.5 to 1, and"),
+        ("F", [float("nan"), 1.0], "are nan to nan, and"),
+    ],
+)
+def test_numbers_are_scaled_by_their_range(mode, numbers, expected):
+    kind = {"I": np.int32, "F": np.float32, "I;16": "<u2", "I;16B": ">u2"}[mode]
+    image = Image.fromarray(np.array([numbers], kind))
+    assert image.mode == mode
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            to_rgb(image)
+    else:
+        assert np.asarray(to_rgb(image))[0].tolist() == [[value] * 3 for value in expected]
 
 
 def test_pictures_from_elsewhere_are_read_alike_and_not_changed():
@@ -177,31 +346,64 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").write_bytes(b"")
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.tiff")
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.gif")
     Image.effect_noise((50, 50), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-700])
+    (tmp_path / "link.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder").mkdir()
     with (tmp_path / "huge.png").open("wb") as file:  # 51 MB that take no room
         file.truncate(51 * 2**20)
     for name, message in (
         ("missing.png", "there is no image file missing.png."),
+        ("link.png", "there is no image file link.png: it is a link to nowhere.png, which is not there."),
         ("folder", "folder is a folder, no image file"),
         ("pipe.png", "pipe.png is a pipe or a device, no image file"),
         ("/dev/zero", "/dev/zero is a pipe or a device"),
         ("huge.png", "huge.png has 51.0 MB; at most 50 are read"),
-        ("text.png", "text.png is no image: by its content it is none of JPEG, PNG, WEBP, BMP"),
-        ("empty.png", "empty.png is no image"),
-        ("picture.tiff", "picture.tiff is no image"),
-        ("picture.gif", "picture.gif is no image"),
+        ("text.png", "text.png is no image: by its content it is none of JPEG, PNG, WEBP, BMP, GIF"),
+        ("empty.png", "empty.png is empty, no image file"),
         ("cut.png", "cut.png is a damaged image: "),
         ("x" * 5000, f"there is no image file {'x' * 100}...{'x' * 90}: File name too long"),
         ("a\0b\033[2J.png", r"there is no image file 'a\x00b\x1b[2J.png': embedded null byte"),
     ):
-        for read in (read_image, check_image):
+        for read in (read_image, check_image, image_notes):
             with pytest.raises(ValueError, match=re.escape(message)):
                 read(name)
+
+
+TIFF = io.BytesIO()
+Image.new("F", (8, 8)).save(TIFF, "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "a HEIC picture, which is not read: pip install pillow-heif, or save it",
+        ),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "a HEIC picture, which"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "an AVIF picture, which is not read: update Pillow, or save it"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "an AVIF picture, which"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "a video, which is not read: save one of its frames as PNG"),
+        (TIFF.getvalue(), "a TIFF picture, or a camera's raw one, which is not read: save it as JPEG or PNG"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL picture, which"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 picture, which"),
+        (b"8BPS\0\1", "a Photoshop document, which"),
+        (b"%PDF-1.7", "a PostScript or PDF document, which"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer to a file in Git LFS, which is not read: run git lfs pull",
+        ),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing, which"),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page, which is not read: download the picture itself"),
+    ],
+)
+def test_pictures_of_other_formats_are_named_with_what_to_do(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(images, "_formats", lambda: ("JPEG", "PNG"))  # as without pillow-heif and Pillow's AVIF
+    (tmp_path / "picture.png").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"picture.png is {message}")):
+        read_image(tmp_path / "picture.png")
 
 
 @pytest.mark.parametrize(
@@ -227,13 +429,15 @@ def test_a_checked_file_is_read_again_only_when_it_changed(tmp_path, monkeypatch
     path = tmp_path / "image.png"
     path.write_bytes(png_of(4, 3))
     reads = []
-    monkeypatch.setattr(images, "read_image", lambda *args, **kwargs: reads.append(args) or read_image(*args, **kwargs))
+    read = images._read
+    monkeypatch.setattr(images, "_read", lambda *args: reads.append(args) or read(*args))
     monkeypatch.chdir(tmp_path)
     assert check_image(path) == check_image("image.png") == check_image(str(path)) == (4, 3)
     assert len(reads) == 1
     path.write_bytes(png_of(5, 3))
     os.utime(path, ns=(1, 1))
     assert check_image(path) == (5, 3)
+    assert image_notes(path) == ()
     assert len(reads) == 2
     path.unlink()
     with pytest.raises(ValueError, match="there is no image file"):
@@ -258,6 +462,8 @@ def sources():
         (rgba, "WEBP", {"lossless": True}),
         (rgb, "WEBP", {"save_all": True, "append_images": [grey.convert("RGB")]}),
         (rgb, "BMP", {}),
+        (rgb, "GIF", {"save_all": True, "append_images": [grey.convert("RGB")]}),
+        (rgb, "PNG", {"icc_profile": P3}),
         (grey.convert("1"), "BMP", {}),
     ):
         file = io.BytesIO()

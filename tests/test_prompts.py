@@ -14,6 +14,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from magref_jax import images
 from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import SamplingConfig
 from magref_jax.prompts import (
@@ -484,7 +485,7 @@ def test_what_a_model_cannot_take_is_told_of_every_entry(work):
         "cases.jsonl line 2: must be a multiple of 16.",
         "cases.jsonl line 3: thin.png is 4000x1 pixels: too elongated for a 416x480 cell, where it would be 416x0. "
         "Crop it first.",
-        "cases.jsonl line 5: text.png is no image: by its content it is none of JPEG, PNG, WEBP, BMP.",
+        "cases.jsonl line 5: text.png is no image: by its content it is none of " + ", ".join(images.FORMATS) + ".",
         "cases.jsonl line 5: folder is a folder, no image file.",
         "cases.jsonl line 5: Subject 'cat' is not in the prompt. Words of the prompt: the, fish.",
         "cases.jsonl line 6: 9 reference images given, but layout 'v2' holds at most 8.",

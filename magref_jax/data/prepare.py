@@ -31,7 +31,7 @@ import grain
 import numpy as np
 import tyro
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from magref_jax import images
@@ -286,20 +286,16 @@ def _cut(
 
 
 def read_reference(path: pathlib.Path, box: tuple[int, int]) -> bytes:
-    """A reference image as PNG, upright, with its alpha, not larger than a canvas of this width and height can show.
+    """A reference image as PNG, upright, in sRGB, with its alpha, not larger than a canvas of this size can show.
 
     Raises:
         ValueError: as `images.read_image`.
     """
-    picture = images.read_image(path)  # refuses damaged and oversized files
-    with Image.open(path, formats=images.FORMATS) as image:
-        if image.has_transparency_data and not image.mode.startswith("I;16"):
-            picture = ImageOps.exif_transpose(image).convert("RGBA")
+    picture = images.read_image(path, keep_alpha=True)
     scale = min(box[0] / picture.width, box[1] / picture.height)
     if scale < 1:
         size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    picture.info.clear()
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()

@@ -254,7 +254,7 @@ def broken_lines(folder: pathlib.Path) -> list[tuple[dict, str]]:
     return [
         (good | {"video": "nowhere.mp4"}, "no video file"),
         (good | {"video": "noise.mp4"}, "Invalid data"),
-        (good | {"video": "empty.mp4"}, "Invalid data|End of file"),
+        (good | {"video": "empty.mp4"}, "is empty, no video file"),
         (good | {"video": "cut.mp4"}, "Invalid data|moov"),
         (good | {"video": "short.mp4"}, "too short: 0.38 s"),
         (good | {"video": "list.m3u8"}, "Invalid|not permitted|No such|Protocol|No video|Input/output"),
