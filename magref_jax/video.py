@@ -8,13 +8,17 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypedDict, cast
 
 import av
+import av.filter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -99,9 +103,10 @@ def encode_video(
         raise ValueError(
             f"frames of {width}x{height} pixels (width x height) must have even sides: H.264 halves the colours."
         )
-    tags = {} if metadata is None else {"comment": json.dumps(metadata, ensure_ascii=False)}
+    tags = {} if metadata is None else {"comment": _to_json(metadata)}
     if parameters is not None:
-        tags["parameters"] = parameters.replace("\0", " ")  # where the container would end the text
+        # The container would end the text at a NUL, and holds no halves of surrogate pairs, which names of files may have.
+        tags["parameters"] = parameters.replace("\0", " ").encode(errors="replace").decode()
 
     # use_metadata_tags: without it mp4 drops every tag it has no field for.
     options = {"movflags": "faststart+use_metadata_tags"}
@@ -119,16 +124,65 @@ def encode_video(
         container.mux(stream.encode(None))
 
 
+def _to_json(metadata: dict[str, Any]) -> str:
+    text = json.dumps(metadata, ensure_ascii=False)
+    # A file name that is not UTF-8 is text that cannot be encoded: escaped, it comes back as it was.
+    return text if _is_unicode(text) else json.dumps(metadata)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def open_video(path: str | os.PathLike[str], **options: Any) -> InputContainer:
+    """The container of a video file, whatever its tags hold.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or its format is unknown; both are also `av.FFmpegError`.
+    """
+    try:
+        return av.open(path, "r", metadata_errors="replace", **options)
+    except TypeError:  # PyAV 19 and later never fail at a tag, and no longer take this argument
+        return av.open(path, "r", **options)
+
+
+def video_stream(container: InputContainer) -> av.VideoStream:
+    """The stream that players show: the one marked as default, or else the first; no cover picture, no preview.
+
+    Raises:
+        ValueError: there is none, or nothing here can decode it.
+    """
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise ValueError(f"it has no video stream{', only a cover picture' if container.streams.video else ''}")
+    stream = max(streams, key=lambda stream: bool(stream.disposition & Disposition.default))
+    # None is not in PyAV's types; it is what a codec without a decoder leaves.
+    if cast(Any, stream.codec_context) is None:
+        raise ValueError("its video has a codec that FFmpeg, as PyAV brings it, cannot decode")
+    return stream
+
+
 def read_video(path: str | os.PathLike[str]) -> Video:
-    """Reads the first video stream of a file, and the metadata that `write_video` put there."""
-    with av.open(path, "r", metadata_errors="replace") as container:
-        stream = container.streams.video[0]
+    """Reads the video stream of a file, and the metadata that `write_video` put there.
+
+    Raises:
+        ValueError: it holds no video, or colours that `to_rgb` refuses.
+    """
+    with open_video(path) as container:
+        stream = video_stream(container)
         stream.thread_type = "AUTO"
-        frames = [to_rgb(frame) for frame in container.decode(stream)]
-        if not frames or stream.average_rate is None:
+        frames = [to_rgb(frame) for frame in decode(container, stream)]
+        if not frames or not stream.average_rate:
             raise ValueError(f"{path} holds no video frames.")
         try:
-            metadata = json.loads(container.metadata["comment"])
+            # PyAV 19 leaves half surrogate pairs for bytes that are no text, which nobody could print or write again.
+            comment = container.metadata["comment"].encode(errors="surrogateescape").decode(errors="replace")
+            metadata = json.loads(comment)
         except (KeyError, ValueError):  # no comment, or somebody else's
             metadata = None
         return Video(np.stack(frames), float(stream.average_rate), metadata if isinstance(metadata, dict) else None)
@@ -141,8 +195,8 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> UInt8[n
         ValueError: a frame that the file does not have.
     """
     wanted, found, count = set(indices), {}, 0
-    with av.open(path, "r", metadata_errors="replace") as container:
-        for count, frame in enumerate(container.decode(video=0), start=1):
+    with open_video(path) as container:
+        for count, frame in enumerate(decode(container, video_stream(container)), start=1):
             if count - 1 in wanted:
                 found[count - 1] = to_rgb(frame)
             if len(found) == len(wanted):
@@ -152,10 +206,102 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> UInt8[n
     return np.stack([found[index] for index in indices])
 
 
+def decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames of a stream as they are shown: VP8 and VP9 with their transparency, two interlaced fields as one picture."""
+    frames = container.decode(stream)
+    library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if library is not None and stream.metadata.get("alpha_mode") == "1":  # which FFmpeg's own decoders leave out
+        decoder = cast(av.VideoCodecContext, av.CodecContext.create(library, "r"))
+        frames = (frame for packet in container.demux(stream) for frame in decoder.decode(packet))
+    filters: av.filter.Graph | None = None
+    for frame in frames:
+        if filters is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if filters is None:  # from here on all go through it, so that none is lost where it ends
+            filters = _deinterlacer(stream)
+        filters.push(frame)
+        yield from _filtered(filters)
+    if filters is not None:
+        filters.push(None)
+        yield from _filtered(filters)
+
+
+def _deinterlacer(stream: av.VideoStream) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    nodes = graph.add_buffer(template=stream), graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def _filtered(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    try:
+        while True:
+            yield cast(av.VideoFrame, graph.vpull())
+    except (av.BlockingIOError, av.EOFError):  # until more is pushed, or for ever
+        return
+
+
+# By the numbers of ITU-T H.273: what has other colours than those of BT.709 to every eye. Primaries, transfer functions, and
+# matrices that swscale does not know.
+_OTHER_COLOURS: dict[str, dict[int, str]] = {
+    "color_primaries": {9: "BT.2020 primaries", 10: "XYZ", 11: "DCI-P3 primaries", 12: "Display P3 primaries"},
+    "color_trc": {
+        8: "linear light",
+        9: "a logarithmic curve",
+        10: "a logarithmic curve",
+        16: "PQ",
+        17: "DCI",
+        18: "HLG",
+    },
+    "colorspace": {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "YDzDx", 14: "ICtCp", 15: "IPT"},
+}
+_HDR = (16, 18)
+WIDE_TO_709 = "zscale=p=bt709:t=bt709:m=bt709:r=tv"  # a filter of ffmpeg
+HDR_TO_709 = f"zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,{WIDE_TO_709}"
+
+
 def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    """The stored pixels of a frame: BT.601 where its tags name no matrix, as with ffmpeg; white behind what is transparent.
+
+    Raises:
+        ValueError: the frame is HDR or has wide colours; names them, and a filter that makes them BT.709.
+    """
+    others = [names[value] for field, names in _OTHER_COLOURS.items() if (value := int(getattr(frame, field))) in names]
+    if others:
+        remedy = HDR_TO_709 if frame.color_trc in _HDR else WIDE_TO_709
+        raise ValueError(
+            f"its colours are {', '.join(others)}, and only those of BT.709 are read; ffmpeg converts them: "
+            f"-vf {remedy},format=yuv420p"
+        )
     # Without these two flags the conversion is a shortcut that darkens every channel by one level.
     exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    return frame.reformat(format="rgb24", interpolation=exact).to_ndarray()
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame.reformat(format="rgb24", interpolation=exact).to_ndarray()
+    pixels = frame.reformat(format="rgba", interpolation=exact).to_ndarray().astype(np.uint16)
+    colours, alpha = pixels[..., :3], pixels[..., 3:]
+    return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def upright(pixels: UInt8[np.ndarray, "H W 3"], frame: av.VideoFrame) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The pixels of a frame, turned and mirrored as its file says that they are shown.
+
+    Raises:
+        ValueError: they are turned by an angle that is no multiple of 90 degrees.
+    """
+    matrix = cast(Any, frame.side_data).get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    # x' = a x + c y and y' = b x + d y, to the right and down, but for a shift.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    along, across = abs(a) + abs(d), abs(b) + abs(c)
+    if min(along, across) > 0.02 * max(along, across):  # a degree
+        raise ValueError(f"it is turned by {frame.rotation} degrees; only multiples of 90 are read")
+    if across > along:
+        pixels, to_right, down = pixels.swapaxes(0, 1), c, b
+    else:
+        to_right, down = a, d
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if to_right < 0 else 1])
 
 
 def _to_yuv(frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:

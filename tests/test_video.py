@@ -100,6 +100,27 @@ def test_a_file_without_our_metadata(tmp_path, clip):
     assert set(tags(tmp_path / "clip.mp4")) == {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_tags_that_are_no_text_do_not_matter_to_any_pyav(tmp_path, clip, monkeypatch, newer):
+    video.write_video(tmp_path / "clip.mp4", clip, 16, {"a": "ABCDABCD"}, scale=1)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(data.replace(b"ABCDABCD", b"\xce\xff\xfe\xce" * 2))
+    this_open = av.open
+
+    def as_since_19(*arguments, **options):
+        if "metadata_errors" in options:
+            raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+        escaped = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "surrogateescape"}
+        return this_open(*arguments, **options, **escaped)
+
+    if newer:
+        monkeypatch.setattr(video.av, "open", as_since_19)
+    frames, fps, metadata = video.read_video(tmp_path / "clip.mp4")
+    assert (frames.shape, fps) == (clip.shape, 16.0)
+    assert metadata == {"a": "\N{REPLACEMENT CHARACTER}" * 8}
+    assert video.read_frames(tmp_path / "clip.mp4", [8]).shape == (1, *clip.shape[1:])
+
+
 def test_some_frames_are_those_of_the_whole_video(tmp_path, clip):
     path = tmp_path / "clip.mp4"
     video.write_video(path, clip, 16)

@@ -118,7 +118,7 @@ def precompute(
         start = _first_process_has(start)
         started.append(start)
         indices = range(first + start, stop)
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
         drawn = iter(grain.MapDataset.source(indices).map(draw).to_iter_dataset(options))
         with tqdm(
             desc="encoding", unit="clip", initial=start, total=stop - first, disable=jax.process_index() > 0

@@ -50,7 +50,7 @@ from magref_jax.data.records import (
     write_records,
 )
 from magref_jax.files import read_text, text_lines
-from magref_jax.video import encode_video, to_rgb
+from magref_jax.video import decode, encode_video, open_video, to_rgb, upright, video_stream
 
 MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
 MAX_VIDEO_BYTES = 2**36
@@ -209,21 +209,22 @@ def _timed_frames(
     if start > 0:
         container.seek(first + int(start / tick), stream=stream)
     begin = 0.0
-    for frame in container.decode(stream):
-        begin = begin if frame.pts is None else float((frame.pts - first) * tick)
-        duration = float(frame.duration * tick) if frame.duration else 1 / rate if rate else 0.0
+    for frame in decode(container, stream):
+        # Its own time base: that of a filter may be finer.
+        begin = begin if frame.time is None else frame.time - float(first * tick)
+        duration = float(frame.duration * (frame.time_base or tick)) if frame.duration else 1 / rate if rate else 0.0
         yield begin, duration, frame
         begin += duration
 
 
 def _picture(frame: av.VideoFrame, pixel_aspect: fractions.Fraction | None) -> Image.Image:
-    """A frame as a player shows it: upright, its pixels square."""
+    """A frame as a player shows it: its pixels square, and upright."""
     if frame.is_corrupt:
         raise ValueError("a frame is damaged")
     image = Image.fromarray(to_rgb(frame))
     if pixel_aspect and pixel_aspect != 1:
         image = image.resize((max(round(image.width * pixel_aspect), 1), image.height), Image.Resampling.LANCZOS)
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    return Image.fromarray(upright(np.asarray(image), frame))
 
 
 def cut_clip(
@@ -261,10 +262,8 @@ def _cut(
             pixels, _ = resize_and_crop(picture, (0, 0, cut.width, cut.height))
             frames.extend([pixels] * repeats)
 
-    with av.open(path, "r", options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        stream = container.streams.video[0]
+    with open_video(path, options={"protocol_whitelist": "file"}) as container:
+        stream = video_stream(container)
         stream.codec_context.thread_count = 1  # clips are decoded side by side instead
         shown, until = None, 0.0
         for begin, duration, frame in _timed_frames(container, stream, start if seek else 0.0):
