@@ -2,7 +2,7 @@
 
     python train.py configs/smoke.py --output-dir runs/smoke --num-steps 20
 
-The same command continues a run that was cut off, to the bit, and a longer `--num-steps` continues a finished one. OUTPUT_DIR
+A preset is a Python file with a `config`; those of this folder are found wherever one stands. The same command continues a run that was cut off, to the bit, and a longer `--num-steps` continues a finished one. OUTPUT_DIR
 holds:
 
     config.json      the preset with all overrides
@@ -13,7 +13,8 @@ holds:
     profile/         traces of jax.profiler (`--config.events.profile 10 5`)
     model/           a model folder for `sample.py --model`, or lora.safetensors, once all steps are done
 
-SIGTERM and Ctrl-C write a checkpoint of the current step and exit with status 143 and 130.
+SIGTERM and Ctrl-C write a checkpoint of the current step and exit with status 143 and 130; what was being validated or drawn is
+dropped. Exit status 2: a request that cannot be met, said in one sentence.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ import importlib.util
 import json
 import pathlib
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +37,20 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from magref_jax.checkpoint import Params
+from magref_jax.command import (
+    check_local,
+    check_local_fields,
+    check_output_folder,
+    default_cache,
+    keep_compiled_programs,
+    program,
+)
 from magref_jax.distributed import initialise, is_first, on_first, wait_for_all
 from magref_jax.files import replacing
 from magref_jax.sharding import make_mesh
 from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
 from magref_jax.training.config import TrainConfig
-from magref_jax.training.job import Job, Samples
+from magref_jax.training.job import Job, Samples, Stopped
 from magref_jax.training.monitor import Monitor
 from magref_jax.training.optimizer import make_optimizer
 from magref_jax.training.step import TrainState, init_state, state_shardings, train_step
@@ -49,10 +60,21 @@ from magref_jax.training.tasks import open_job
 def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> TrainState:
     """Trains to step `config.num_steps`, from the newest checkpoint in `out` if there is one; the state at the end.
 
-    `mesh` is all devices on the axis `fsdp` if not given.
+    `mesh` is all devices on the axis `fsdp` if not given. Writes nothing before all of this is accepted.
+
+    Raises:
+        ValueError, OSError: what cannot be trained or continued; nearly all of it is known before weights are read.
+        SystemExit: a signal, with its status, once a checkpoint is written.
     """
     events, last = config.events, config.num_steps
     mesh = make_mesh("fsdp=-1") if mesh is None else mesh
+    optimizer = make_optimizer(config.optimizer)
+    make_state = functools.partial(
+        init_state,
+        optimizer=optimizer,
+        key=jax.random.key(config.seed),
+        with_ema=config.optimizer.ema_decay is not None,
+    )
     with contextlib.ExitStack() as stack:
         monitor = stack.enter_context(
             Monitor(
@@ -65,24 +87,40 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
             )
         )
         stop = stack.enter_context(StopSignal())
-        on_first(lambda: write_config(config, out))
         checkpoints = Checkpoints(out / "checkpoints", keep=events.keep, keep_every=events.keep_every)
         stack.callback(checkpoints.close)
-        job = open_job(config, out, mesh)
-        stack.callback(job.batches.close)
+        done = checkpoints.latest_step()
+        if done is not None and done > last:
+            raise ValueError(f"num_steps={last}: the run in {out} has done {done} steps; give more, or another folder.")
 
-        optimizer = make_optimizer(config.optimizer)
-        state, shardings = start_state(config, job, optimizer, mesh)
-        if (done := checkpoints.latest_step()) is not None:
-            state, position, saved = checkpoints.restore(done, abstract_state(state, shardings))
-            job.batches.restore(position)
-            for change in config_changes(saved, as_json(config)) if is_first() else []:
-                print(f"train.py: not as before step {done}: {change}", file=sys.stderr)
+        def accept(params: Params) -> None:
+            if done is not None:
+                checkpoints.check(done, jax.eval_shape(make_state, params))
+
+        with stop.leaving():  # nothing is to be saved yet
+            job = open_job(config, out, mesh, accept)
+            stack.callback(job.batches.close)
+            state, shardings = start_state(make_state, job, optimizer, mesh)
+            if done is not None:
+                state, position, saved = checkpoints.restore(done, abstract_state(state, shardings))
+                job.batches.restore(position)
+                for change in config_changes(saved, as_json(config)) if is_first() else []:
+                    print(f"train.py: not as before step {done}: {change}", file=sys.stderr)
+            on_first(lambda: write_config(config, out))
         step_fn = jax.jit(
             functools.partial(train_step, job.loss, optimizer, config.optimizer.ema_decay, config.accumulation_steps),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
+
+        def received() -> Any:
+            """The signal that ends the run, in all of several processes after the same number of questions."""
+            stop.received = stop.received or checkpoints.reached_preemption()
+            return stop.received
+
+        def check() -> None:
+            if received():
+                raise Stopped
 
         monitor.begin(int(state.step), int(state.skipped))
         batch = work = None
@@ -96,19 +134,26 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
                 state, metrics = step_fn(state, job.frozen, batch, noise)
             monitor.log(step, metrics, work)
 
-            if job.validate is not None and is_due(events.validation, step, last):
-                with monitor.time("validation"):
-                    monitor.log(step, job.validate(trained(state)))
-            if job.sample is not None and is_due(events.sample, step, last):
-                with monitor.time("sample"):
-                    samples = job.sample(trained(state))
-                    if is_first():
-                        save_samples(samples, out, step, monitor)
-            stopped = stop.received or checkpoints.reached_preemption(step)
+            with contextlib.suppress(Stopped):
+                if job.validate is not None and is_due(events.validation, step, last):
+                    with monitor.time("validation"):
+                        check()
+                        monitor.log(step, job.validate(trained(state), check))
+                if job.sample is not None and is_due(events.sample, step, last):
+                    with monitor.time("sample"):
+                        check()
+                        samples = job.sample(trained(state), check)
+                        if is_first():
+                            save_samples(samples, out, step, monitor)
+            stopped = received()
             if is_due(events.checkpoint, step, last) or stopped:
                 with monitor.time("checkpoint"):
                     save(checkpoints, step, state, job.batches.state(), config, wait=bool(stopped) or step == last)
             if stopped:
+                if is_first():
+                    tqdm.write(
+                        f"train.py: {stopped.name}: stopped at step {step} of {last}, which is saved", file=sys.stderr
+                    )
                 raise SystemExit(128 + int(stopped))
 
         with monitor.time("other"):
@@ -120,17 +165,11 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
 
 
 def start_state(
-    config: TrainConfig, job: Job, optimizer: optax.GradientTransformation, mesh: Mesh
+    make_state: Callable[[Params], TrainState], job: Job, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, Any]:
     """The state of step 0 on the mesh, and where the mesh holds what of it. Takes the memory of the job's parameters."""
-    init = functools.partial(
-        init_state,
-        optimizer=optimizer,
-        key=jax.random.key(config.seed),
-        with_ema=config.optimizer.ema_decay is not None,
-    )
-    shardings = state_shardings(mesh, jax.eval_shape(init, job.params), optimizer, job.specs)
-    state = jax.jit(init, out_shardings=shardings)(job.params)
+    shardings = state_shardings(mesh, jax.eval_shape(make_state, job.params), optimizer, job.specs)
+    state = jax.jit(make_state, out_shardings=shardings)(job.params)
     for leaf in jax.tree.leaves(job.params):
         if isinstance(leaf, jax.Array):
             leaf.delete()
@@ -192,14 +231,33 @@ def write_config(config: TrainConfig, out: pathlib.Path) -> None:
         part.write_text(json.dumps(as_json(config), indent=1) + "\n", encoding="utf-8")
 
 
+PRESETS = pathlib.Path(__file__).parent / "configs"
+
+
 def load_config(path: str) -> TrainConfig:
-    """The `config` of a Python file."""
-    spec = importlib.util.spec_from_file_location("preset", path)
-    if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
-        raise SystemExit(f"train.py: {path} is not a Python file; the presets are configs/*.py.")
+    """The `config` of a Python file, in the working directory or beside this program.
+
+    Raises:
+        ValueError: there is no such file, or what is in it makes no `TrainConfig`; names the line.
+    """
+    file = next((file for file in (pathlib.Path(path), PRESETS.parent / path) if file.is_file()), None)
+    spec = None if file is None else importlib.util.spec_from_file_location("preset", file)
+    if file is None or spec is None or spec.loader is None:
+        names = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.py")))
+        raise ValueError(f"{path} is not a Python file; the presets in {PRESETS} are {names}.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.config
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's code may lead to
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)] or [getattr(error, "lineno", None)]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}, line {lines[-1]}: {kind}{getattr(error, 'msg', error)}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, TrainConfig):
+        found = "none" if config is None else f"one of type {type(config).__name__}"
+        raise ValueError(f"{path} must have a `config` that is a TrainConfig; it has {found}.")
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,43 +269,62 @@ class Arguments:
     num_processes: int | None = None
     process_id: int | None = None  # of this process, from 0
     mesh: str = ""  # sizes of data, fsdp, context and tensor, such as "data=2,fsdp=-1"; "": all devices on fsdp
+    compile_cache: str | None = None  # folder that keeps compiled programs for the next start; "none": nowhere
     plan: str | None = (
         None  # train nothing: what a step takes on chips such as v5p:4x4x4; `--mesh auto` compares meshes
     )
     plan_json: pathlib.Path | None = None  # where to write that
 
 
-def plan(config: TrainConfig, arguments: Arguments) -> str:
-    from magref_jax import planner
-
-    try:
-        return planner.report_training(config, str(arguments.plan), arguments.mesh, arguments.plan_json)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+USAGE = "python train.py configs/NAME.py --output-dir DIR [--num-steps N] [--config.… overrides]"
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit(
-            "usage: python train.py configs/NAME.py --output-dir DIR [--num-steps N] [--config.… overrides]"
-        )
-    default = Arguments(
-        output_dir=pathlib.Path("runs") / pathlib.Path(sys.argv[1]).stem, config=load_config(sys.argv[1])
-    )
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments; ends the program where they ask for help.
+
+    Raises:
+        ValueError: no preset, one that cannot be read, or a value that cannot be used.
+    """
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: {USAGE}\n\n{__doc__}\nWith a preset, --help lists its options.")
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"the first argument must be a preset; usage: {USAGE}")
+    default = Arguments(output_dir=pathlib.Path("runs") / pathlib.Path(argv[0]).stem, config=load_config(argv[0]))
     # A preset says what is trained; its alternatives are other presets.
     options = (tyro.conf.AvoidSubcommands,)
-    arguments = tyro.cli(Arguments, default=default, args=sys.argv[2:], description=__doc__, config=options)
-    if arguments.plan is not None:
-        print(plan(arguments.config, arguments))
-        return
-    try:
-        initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from None
-    config = arguments.config
+    arguments = tyro.cli(
+        Arguments, prog=f"train.py {argv[0]}", default=default, args=argv[1:], description=__doc__, config=options
+    )
+    for name in ("output_dir", "compile_cache", "plan_json"):
+        if (path := getattr(arguments, name)) is not None:
+            check_local(f"--{name.replace('_', '-')}", path)
     if arguments.num_steps is not None:
-        config = dataclasses.replace(config, num_steps=arguments.num_steps)
-    train(config, arguments.output_dir, make_mesh(arguments.mesh or "fsdp=-1"))
+        config = dataclasses.replace(arguments.config, num_steps=arguments.num_steps)
+        arguments = dataclasses.replace(arguments, config=config)
+    check_local_fields("--config", arguments.config)
+    return arguments
+
+
+def run(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    if arguments.plan is not None:
+        from magref_jax import planner
+
+        if arguments.plan_json is not None:
+            check_output_folder("--plan-json", arguments.plan_json.parent)
+        print(planner.report_training(arguments.config, str(arguments.plan), arguments.mesh, arguments.plan_json))
+        return
+    check_output_folder("--output-dir", arguments.output_dir)
+    initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.compile_cache != "none":
+        keep_compiled_programs(arguments.compile_cache or default_cache())
+    train(arguments.config, arguments.output_dir, make_mesh(arguments.mesh or "fsdp=-1"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with program("train.py"):
+        run(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,22 @@ It takes the VAE, the encoders and the tokenizer of the bundled model; `--config
 of `configs/emoji_vae.py`.
 """
 
-import pathlib
-
 from configs.emoji_vae import model, world
 from magref_jax.data.clips import Choice, Phase
-from magref_jax.training.config import DiTTask, EmojiData, Events, ObjectiveConfig, OptimizerConfig, TrainConfig
+from magref_jax.training.config import (
+    BUNDLED,
+    DiTTask,
+    EmojiData,
+    Events,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 objective = ObjectiveConfig(flow_shift=2.0, subject_weight=5.0)
 
 task = DiTTask(
-    folder=pathlib.Path("magref_jax/bundled/emoji"),
+    folder=BUNDLED,
     model=model,
     start="random",
     data=EmojiData(world, num_clips=12000),

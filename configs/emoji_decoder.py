@@ -4,11 +4,10 @@ python train.py configs/emoji_decoder.py --output-dir runs/emoji_decoder
 """
 
 import dataclasses
-import pathlib
 
 from configs.emoji_vae import config as emoji_vae
 from configs.emoji_vae import model, world
-from magref_jax.training.config import EmojiData, Events, OptimizerConfig, VAEPhase, VAETask
+from magref_jax.training.config import BUNDLED, EmojiData, Events, OptimizerConfig, VAEPhase, VAETask
 
 config = dataclasses.replace(
     emoji_vae,
@@ -16,7 +15,7 @@ config = dataclasses.replace(
         model=model,
         data=EmojiData(world, num_clips=6000, validation_clips=64),
         phases=(VAEPhase(num_steps=4000, batch_size=8, num_frames=5, crop=32),),
-        folder=pathlib.Path("magref_jax/bundled/emoji"),
+        folder=BUNDLED,
         trainable="(decoder|post_quant)/.*",
         grey_fraction=0.0,  # nothing decodes a canvas in front of grey
     ),

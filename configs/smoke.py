@@ -7,16 +7,15 @@ latents, which is what a network predicts whose last layer is zero, toward 0. `-
 """
 
 import dataclasses
-import pathlib
 
 from configs.emoji import objective
 from configs.emoji_vae import model, world
 from magref_jax.data.clips import Phase
-from magref_jax.training.config import DiTTask, EmojiData, Events, OptimizerConfig, TrainConfig
+from magref_jax.training.config import BUNDLED, DiTTask, EmojiData, Events, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
     task=DiTTask(
-        folder=pathlib.Path("magref_jax/bundled/emoji"),
+        folder=BUNDLED,
         model=dataclasses.replace(
             model, dit=dataclasses.replace(model.dit, dim=64, ffn_dim=128, num_heads=2, num_layers=2)
         ),

@@ -71,8 +71,25 @@ def check_local_fields(name: str, config: Any) -> None:
         check_local(name, config)
 
 
+def check_output_folder(name: str, folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that could not be made or written to. Makes nothing.
+
+    Raises:
+        ValueError: names the option, and what is in the way.
+    """
+    place = pathlib.Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{name} {folder}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {folder}: {place} cannot be written to.")
+
+
 def default_cache() -> pathlib.Path | None:
-    """Where compiled programs are kept; None where there is no home folder that can be written to."""
+    """Where compiled programs are kept; None where JAX was told, or where no home folder can be written to."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return None
     given = os.environ.get("XDG_CACHE_HOME")
     try:
         base = pathlib.Path(given) if given else pathlib.Path.home() / ".cache"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -10,13 +11,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import train
 from magref_jax import checkpoint, pipeline
 from magref_jax.data import clips
 from magref_jax.data.precompute import encode_batch
-from magref_jax.sharding import make_mesh
 from magref_jax.training.config import Events
 from magref_jax.training.dit_task import open_sources
 
@@ -89,30 +90,123 @@ def test_what_it_writes_is_a_model_folder_that_samples(smoke):
     assert result.frames.shape == (1, 8, 56, 72, 3)
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(smoke):
-    out = smoke[0]
-    before = lines(out)
-    config = train.load_config(str(SMOKE))
-    train.train(dataclasses.replace(config, num_steps=22), out, make_mesh("", jax.devices()[:1]))
-    after = lines(out)
-    assert after[:20] == before
+def saved_state(out: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(out / f"checkpoints/{step}/items/state")
+    return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+def test_the_same_command_goes_on_to_the_bit_and_a_longer_one_from_there(smoke, tmp_path):
+    """From the checkpoint of step 15 of 20, in another folder than the one that its preset is in, as if step 20 never was."""
+    finished, out = smoke[0], tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "20")
+    command = [sys.executable, str(ROOT / "train.py"), "configs/smoke.py", "--output-dir", "run", "--num-steps", "22"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = lines(finished), lines(out)
+    assert after[:15] == before[:15]
+    for name in ("step", "loss", "gradient_norm", "skipped"):
+        assert [line[name] for line in after[15:20]] == [line[name] for line in before[15:]]
+    one, other = saved_state(finished, 20), saved_state(out, 20)
+    assert one.keys() == other.keys()
+    for name, leaf in one.items():
+        assert leaf.tobytes() == other[name].tobytes(), name
     assert [line["step"] for line in after[20:]] == [21, 22]
     # It learns on, from where it was and not from the start.
     assert after[-1]["loss"] < before[14]["loss"]
 
 
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What train.py says when it refuses a request."""
+    with pytest.raises(SystemExit) as exit:
+        train.main([str(argument) for argument in arguments])
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())  # tyro puts what it says into a box
+    assert exit.value.code == 2
+    assert "Traceback" not in said
+    return said
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("preset", "message"),
     [
-        ([], "usage: python train.py configs/NAME.py"),
-        (["configs/missing.py"], "configs/missing.py is not a Python file"),
+        (None, "preset.py is not a Python file; the presets in"),
+        ("x = (", "preset.py, line 1: SyntaxError: '(' was never closed"),
+        (
+            "import magref_jax\n\nconfig = magref_jax.nothing",
+            "preset.py, line 3: AttributeError: module 'magref_jax' has",
+        ),
+        ("from configs.smoke import config as other", "must have a `config` that is a TrainConfig; it has none"),
+        ("config = {}", "must have a `config` that is a TrainConfig; it has one of type dict"),
+        (
+            "from magref_jax.training.config import Events\nconfig = Events(keep=0)",
+            "preset.py, line 2: Events.keep=0 must be 1 or more",
+        ),
     ],
 )
-def test_wrong_arguments_are_said_in_one_line(arguments, message):
-    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_preset_that_is_none_is_refused_with_its_line(tmp_path, capsys, preset, message):
+    if preset is not None:
+        (tmp_path / "preset.py").write_text(preset)
+    assert message in refused(capsys, tmp_path / "preset.py")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num-steps 0", "num_steps=0 must be 1 or more"),
+        ("--config.seed -1", "seed=-1 must be 0 or more"),
+        ("--config.accumulation-steps 3", "accumulation_steps=3 must divide the batch_size=8 of phase 0"),
+        ("--config.events.keep 0", "Events.keep=0 must be 1 or more"),
+        ("--config.task.no-such-option 3", "no-such-option"),
+        ("--config.optimizer.learning-rate fast", "fast"),
+        ("--mesh fsdp=3", "mesh='fsdp=3' means fsdp=3, which does not use the 8 devices"),
+        ("--output-dir gs://bucket/runs", "--output-dir gs:/bucket/runs: gs:// cannot be read or written"),
+        ("--compile-cache s3://bucket/programs", "--compile-cache s3://bucket/programs: s3:// cannot be"),
+        ("--plan v5p:2x2x1 --plan-json gs://bucket/plan", "--plan-json gs:/bucket/plan: gs:// cannot be"),
+        ("--config.task.folder gs://bucket/model", "--config.task.folder gs:/bucket/model: gs:// cannot be"),
+        ("--plan v5p-what", "topology='v5p-what'"),
+        ("--output-dir a_file", "a_file is a file, not a folder"),
+        ("--output-dir a_file/run", "a_file is a file, not a folder"),
+        ("--config.task.folder missing", "missing"),
+        ("--config.task.folder torch_folder", "torch_folder"),
+        ("--config.task.data.num-clips 4", "phase 0 has batch_size=8, but there are only 4 clips"),
+        ("--coordinator localhost:1", "num_processes and process_id not given"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_sentence_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("here")
+    (tmp_path / "torch_folder").mkdir()
+    (tmp_path / "torch_folder" / "model_index.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(checkpoint, "restore_model", lambda *_, **__: pytest.fail("weights were read"))
+    assert message in refused(capsys, SMOKE, "--compile-cache", "none", *options.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--num-steps", "3"]])
+def test_without_a_preset_the_usage_is_told(capsys, arguments):
+    assert "usage: python train.py configs/NAME.py" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num-steps 10", "num_steps=10: the run in {out} has done 20 steps; give more"),
+        ("--config.task.model.dit.dim 32", "20 is of another training state: "),
+        ("--config.optimizer.method muon", "20 is of another training state: "),
+        ("--config.optimizer.ema-decay None", "20 is of another training state: "),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(smoke, monkeypatch, capsys, options, message):
+    out = smoke[0]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(checkpoint, "restore_model", lambda *_, **__: pytest.fail("weights were read"))
+    said = refused(capsys, SMOKE, "--output-dir", out, "--compile-cache", "none", *options.split())
+    assert message.format(out=out) in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_what_a_continued_run_does_differently_is_said():

@@ -13,6 +13,7 @@ process is killed, and what begins with a dot is a leftover.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -36,7 +38,7 @@ _SEAL = "MANIFEST.sha256"
 _LEFTOVER = re.compile(r"\.\d+\.(new|old)")
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written. Older ones are as they were, and the next one may be tried."""
 
 
@@ -48,7 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 3, keep_every: int | None = None) -> None:
-        """Makes the folder, or removes what a killed run left unfinished in it.
+        """Removes what a killed run left unfinished in the folder; the first `save` makes it.
 
         Raises:
             ValueError: a number below 1.
@@ -61,8 +63,8 @@ class Checkpoints:
         self.seconds_blocked = 0.0  # how long `save` has held its callers, in all
         self._pending: concurrent.futures.Future[None] | None = None
         self._pending_step: int | None = None
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._questions = 0
+        if jax.process_index() == 0 and self._folder.is_dir():
             for path in self._folder.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
                     shutil.rmtree(path)
@@ -84,15 +86,18 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def reached_preemption(self, step: int) -> signal.Signals | None:
-        """SIGTERM, at the same step in all of several processes, once the cluster has announced it to any of them.
+    def reached_preemption(self) -> signal.Signals | None:
+        """SIGTERM, at the same question in all of several processes, once the cluster has announced it to any of them.
 
-        All must ask after every step.
+        All must ask equally often: after every step, and within what takes long.
         """
-        return signal.SIGTERM if ocp.multihost.reached_preemption(step) else None
+        self._questions += 1
+        return signal.SIGTERM if ocp.multihost.reached_preemption(self._questions) else None
 
     def steps(self) -> list[int]:
         """All complete checkpoints, oldest first."""
+        if not self._folder.is_dir():
+            return []
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
     def latest_step(self) -> int | None:
@@ -142,6 +147,7 @@ class Checkpoints:
 
     def _begin(self, step: int, items: ocp.args.Composite) -> None:
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._checkpointer.save(self._unfinished(step) / _ITEMS, args=items)
         except Exception as error:
             self._give_up(step, error)
@@ -201,17 +207,9 @@ class Checkpoints:
             FileNotFoundError: there is no such checkpoint.
             ValueError: a file is damaged, or leaves of the state are not those of `abstract_state`.
         """
-        self._settle()
-        if step not in self.steps():
-            known = ", ".join(map(str, self.steps())) or "none"
-            raise FileNotFoundError(f"step={step} is not a checkpoint in {self._folder}; there are: {known}.")
         # One process reads for all: when it fails, they all end.
-        self._check(step, contents=verify and jax.process_index() == 0)
+        expected = self.check(step, abstract_state, contents=verify and jax.process_index() == 0)
         items = self._path(step) / _ITEMS
-        expected = {name: _abstract_key_data(leaf) for name, leaf in _leaves(abstract_state).items()}
-        metadata: Any = self._checkpointer.metadata(items).item_metadata
-        if problems := differences(metadata["state"].tree, expected, dtypes=True):
-            raise ValueError(f"Checkpoint {self._path(step)} is of another training state: {'; '.join(problems)}.")
         restored = self._checkpointer.restore(
             items,
             args=ocp.args.Composite(
@@ -221,7 +219,24 @@ class Checkpoints:
         leaves = [_from_key_data(restored["state"][name], leaf) for name, leaf in _leaves(abstract_state).items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), restored["data"], restored["config"]
 
-    def _check(self, step: int, contents: bool) -> None:
+    def check(self, step: int, abstract_state: State, contents: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+        """Refuses what `restore` would refuse, but for damaged contents unless asked for; what it would read, by name.
+
+        Raises:
+            FileNotFoundError, ValueError: see `restore`.
+        """
+        self._settle()
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise FileNotFoundError(f"step={step} is not a checkpoint in {self._folder}; there are: {known}.")
+        self._check_files(step, contents)
+        expected = {name: _abstract_key_data(leaf) for name, leaf in _leaves(abstract_state).items()}
+        metadata: Any = self._checkpointer.metadata(self._path(step) / _ITEMS).item_metadata
+        if problems := differences(metadata["state"].tree, expected, dtypes=True):
+            raise ValueError(f"Checkpoint {self._path(step)} is of another training state: {'; '.join(problems)}.")
+        return expected
+
+    def _check_files(self, step: int, contents: bool) -> None:
         if problem := self._problem(step, contents):
             whole = next((older for older in reversed(self.steps()) if older < step and not self._problem(older)), None)
             way_out = (
@@ -302,6 +317,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._is_leaving = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -313,6 +329,29 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
         signal.signal(number, self._previous.pop(number))
+        if self._is_leaving:
+            self._leave()
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """While there is nothing to save, a signal is not only noted: it ends the program from wherever it is.
+
+        Raises:
+            SystemExit: with the status of SIGTERM.
+            KeyboardInterrupt: SIGINT.
+        """
+        self._is_leaving = True
+        try:
+            yield
+        finally:
+            self._is_leaving = False
+        if self.received:  # where no exception could be raised
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + int(self.received or 0))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

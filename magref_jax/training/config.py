@@ -8,11 +8,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+import magref_jax
 from magref_jax.config import DType, ModelConfig, Remat
 from magref_jax.data.clips import Choice, FirstFrameTarget, Phase
 from magref_jax.data.emoji_world import EmojiWorldConfig
 from magref_jax.diffusion.flow import Distribution, Weighting
 from magref_jax.models.adapters import LoraConfig
+
+BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled" / "emoji"  # the model folder that comes with the code
+MAX_SEED = 2**32 - 1  # of a key of JAX, whatever its integers are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +162,17 @@ class TrainConfig:
     tensorboard: bool = False
     save_dtype: DType = "float32"  # of the model folder; checkpoints are float32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_steps", 1), ("accumulation_steps", 1), ("max_skipped", 0), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)} must be {lowest} or more.")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be at most {MAX_SEED}.")
+        if not self.task.phases:
+            raise ValueError("task.phases is empty: there must be one at least.")
+        for number, phase in enumerate(self.task.phases):
+            if phase.batch_size % self.accumulation_steps:
+                raise ValueError(
+                    f"accumulation_steps={self.accumulation_steps} must divide the batch_size={phase.batch_size} of phase {number}."
+                )

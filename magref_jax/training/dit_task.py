@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import glob
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +25,11 @@ from magref_jax.data import clips
 from magref_jax.data.emoji_records import EmojiSource
 from magref_jax.data.precompute import encode_batch, precompute
 from magref_jax.data.records import ClipRecord, Source, open_records
-from magref_jax.distributed import batch_share, on_first, on_host, shard_rows
+from magref_jax.distributed import batch_share, is_first, on_first, on_host, shard_rows
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
 from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, shard_batch
 from magref_jax.training.config import DiTTask, EmojiData, TrainConfig
-from magref_jax.training.job import Job, Samples
+from magref_jax.training.job import Accept, Check, Job, SameBatch, Samples
 from magref_jax.training.monitor import Work, dit_work
 from magref_jax.training.networks import copy_networks, init_random, insert_blocks
 from magref_jax.training.objective import Batch, Null, flow_matching, velocity_error
@@ -38,7 +40,7 @@ VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = 4  # videos on a contact sheet
 
 
-def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
+def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept) -> Job:
     task = config.task
     assert isinstance(task, DiTTask)
     model = model_config(task)
@@ -47,8 +49,14 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     make = functools.partial(make_row, model, tokenizer, task)
     # What cannot be trained is refused before weights are read: batches that cannot be filled, records that do not fit.
     batches = open_batches(training_clips, task, make, config.seed, mesh)
-    make(training_clips[0], np.random.default_rng(0))
-    dit, encoders = read_networks(task, model, mesh, config.seed)
+    first = training_clips[0]
+    try:
+        make(first, np.random.default_rng(0))
+    except ValueError as error:
+        raise ValueError(f"record {first.id!r}: {error}") from None
+    abstract = abstract_networks(task, model, mesh)
+    accept(abstract_trained(task, model))
+    dit, encoders = read_networks(task, model, mesh, config.seed, abstract)
     if task.layouts:
         training_clips = precompute(
             training_clips,
@@ -70,17 +78,19 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
     validate = sample = None
     if validation_clips is not None:
         sample = functools.partial(run.sample, validation_clips)
+    elif is_first() and (config.events.validation or config.events.sample):
+        print(f"train.py: no validation and no sample sheets: {why_no_validation(task)}", file=sys.stderr)
     if validation_clips is not None and config.events.validation is not None:
         # Every process makes all of the fixed set, which may be smaller than the mesh.
         prepare_whole = functools.partial(run.prepare, place=shard_batch)
-        if fixed := validation_batches(validation_clips, make, prepare_whole, config.seed):
-            validate = functools.partial(run.validate, fixed)
+        fixed = validation_batches(validation_clips, make, prepare_whole, config.seed)
+        validate = functools.partial(run.validate, fixed)
     return Job(
         params=trained,
         frozen=frozen,
         specs=specs,
         loss=run.loss,
-        batches=batches,
+        batches=SameBatch(batches) if task.overfit else batches,
         prepare=run.prepare,
         work=run.work,
         export=export,
@@ -145,19 +155,23 @@ class _Run:
 
         return jax.jit(error)
 
-    def validate(self, fixed: list[Batch], trained: Params) -> dict[str, Any]:
+    def validate(self, fixed: list[Batch], trained: Params, check: Check) -> dict[str, Any]:
         levels = {}
         for sigma in VALIDATION_SIGMAS:
-            sums = [self.level_error(trained, self.frozen, batch, sigma) for batch in fixed]
+            sums: list[Any] = []
+            for batch in fixed:
+                sums.append(self.level_error(trained, self.frozen, batch, sigma))
+                jax.block_until_ready(sums[-2:-1])  # the device has a batch in its queue while the host waits
+                check()
             levels[f"{sigma:g}"] = float(sum(total for total, _ in sums) / sum(count for _, count in sums))
         return {"validation_loss": float(np.mean(list(levels.values()))), "validation_loss_by_sigma": levels}
 
-    def sample(self, source: Source, trained: Params) -> Samples:
+    def sample(self, source: Source, trained: Params, check: Check) -> Samples:
         dit, _ = self.join(trained, self.frozen["dit"])
         if isinstance(self.task.trainable, LoraConfig):
             dit = apply_loras(dit, [(trained_lora(on_host(trained), self.task.trainable, self.model.dit), 1.0)])
         model = pipeline.Model(self.model, self.encoders | {"dit": dit}, self.tokenizer, self.mesh)
-        return make_samples(model, [source[i] for i in range(min(SAMPLES, len(source)))])
+        return make_samples(model, [source[i] for i in range(min(SAMPLES, len(source)))], check)
 
     def work(self, host: dict[str, Any]) -> Work:
         rows, *latents = host["subject_cells"].shape
@@ -175,11 +189,13 @@ def make_row(
     return clips.example_arrays(clips.make_example(model, tokenizer, record, rng, task.choice, target))
 
 
-def read_networks(task: DiTTask, model: ModelConfig, mesh: Mesh, seed: int) -> tuple[Params, dict[str, Params]]:
-    """The DiT to start from, and the frozen networks, on the mesh."""
+def abstract_networks(task: DiTTask, model: ModelConfig, mesh: Mesh) -> dict[str, Params]:
+    """What the folder must have: shapes, and where the mesh holds them.
+
+    Raises:
+        ValueError: `task.start` does not fit it.
+    """
     abstract = pipeline.place_params(mesh, pipeline.abstract_params(model))
-    check_trainable(task, model, abstract["dit"])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract["dit"])
     if task.start == "random":
         del abstract["dit"]
     elif task.start == "deeper":
@@ -190,10 +206,19 @@ def read_networks(task: DiTTask, model: ModelConfig, mesh: Mesh, seed: int) -> t
             )
         shallow = dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_layers=stored))
         abstract |= pipeline.place_params(mesh, pipeline.abstract_params(shallow, ("dit",)))
+    return abstract
+
+
+def read_networks(
+    task: DiTTask, model: ModelConfig, mesh: Mesh, seed: int, abstract: dict[str, Params]
+) -> tuple[Params, dict[str, Params]]:
+    """The DiT to start from, and the frozen networks, on the mesh."""
     _, params = checkpoint.restore_model(task.folder, abstract)
     if task.start == "random":
         params |= init_random(model, mesh, seed, only=("dit",))
     elif task.start == "deeper":
+        placed = pipeline.place_params(mesh, pipeline.abstract_params(model, ("dit",)))["dit"]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
         insert = functools.partial(insert_blocks, num_layers=model.dit.num_layers)
         params["dit"] = jax.jit(insert, out_shardings=shardings)(params["dit"])
     return params.pop("dit"), params
@@ -214,7 +239,7 @@ def model_config(task: DiTTask) -> ModelConfig:
 
 
 def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source | None]:
-    """Records to train on and to validate on."""
+    """Records to train on, and to validate on if there are any: see `why_no_validation`."""
     data = task.data
     if isinstance(data, EmojiData):
         held_out = data.validation_clips
@@ -222,7 +247,19 @@ def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source | None]:
             EmojiSource(data.world, "train", seed + 1, data.num_clips),
             EmojiSource(data.world, "held_out", seed + 1, held_out) if held_out else None,
         )
-    return open_records(data.folders), open_records(data.validation_folders) if data.validation_folders else None
+    return open_records(data.folders), None if why_no_validation(task) else open_records(data.validation_folders)
+
+
+def why_no_validation(task: DiTTask) -> str | None:
+    """Why there are no clips to validate on; None where there are. Folders of which only some are there are a mistake."""
+    if isinstance(task.data, EmojiData):
+        return None if task.data.validation_clips else "task.data.validation_clips is 0."
+    folders = task.data.validation_folders
+    if not folders:
+        return "task.data.validation_folders is empty."
+    if any(folder.exists() or glob.glob(str(folder)) for folder in folders):
+        return None
+    return f"there is no folder at {', '.join(map(str, folders))} (task.data.validation_folders)."
 
 
 def open_batches(
@@ -235,16 +272,15 @@ def open_batches(
     return clips.Batches(source, task.phases, make, seed, rows=batch_share(mesh).rows)
 
 
-def check_trainable(task: DiTTask, model: ModelConfig, abstract_dit: Params) -> None:
-    """Refuses names that no parameter or layer has.
+def abstract_trained(task: DiTTask, model: ModelConfig) -> Params:
+    """Shapes of what is trained.
 
     Raises:
-        ValueError: lists those there are.
+        ValueError: names that no parameter or layer has; lists those there are.
     """
     if isinstance(task.trainable, LoraConfig):
-        jax.eval_shape(functools.partial(init_lora, model.dit, task.trainable), jax.random.key(0))
-    else:
-        split_params(abstract_dit, task.trainable)
+        return jax.eval_shape(functools.partial(init_lora, model.dit, task.trainable), jax.random.key(0))
+    return split_params(pipeline.abstract_params(model, ("dit",))["dit"], task.trainable)[0]
 
 
 def choose_trainable(
@@ -311,7 +347,7 @@ def validation_batches(
     for index, size in enumerate(source.sizes):
         by_size.setdefault(size, []).append(index)
     for indices in by_size.values():
-        for start in range(0, len(indices) - batch_size + 1, batch_size):
+        for start in range(0, len(indices), batch_size):
             rows = [make(source[i], np.random.default_rng([seed, i])) for i in indices[start : start + batch_size]]
             host: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             cells = host["subject_cells"]
@@ -319,14 +355,14 @@ def validation_batches(
     return batches
 
 
-def make_samples(model: pipeline.Model, records: list[ClipRecord]) -> Samples:
+def make_samples(model: pipeline.Model, records: list[ClipRecord], check: Check) -> Samples:
     """Of the records' first captions and the first views of their references."""
     requests = []
     for index, record in enumerate(records):
         caption = record.captions[0]
         images = [clips.view_image(reference.views[0]) for reference in record.references]
         requests.append(pipeline.Request(caption.text, images, clips.caption_subjects(record, caption), key=str(index)))
-    videos = pipeline.generate(model, requests)
+    videos = pipeline.generate(model, requests, on_step=lambda _: check())
     rows = [
         SheetRow(
             references=list(request.images),

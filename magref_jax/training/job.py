@@ -14,6 +14,16 @@ from magref_jax.training.monitor import Work
 from magref_jax.training.step import LossFn
 
 
+class Stopped(Exception):
+    """The run is to end: what has not been begun is not done, and what is being validated or drawn is dropped."""
+
+
+Check = Callable[
+    [], None
+]  # raises `Stopped`; in all of several processes, which must call it equally often, the same time
+Accept = Callable[[Params], None]  # refuses a run that trains parameters of these shapes
+
+
 class BatchStream(Protocol):
     """Batches of this process, and where in the epoch the next one is."""
 
@@ -22,6 +32,35 @@ class BatchStream(Protocol):
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
+
+
+class SameBatch:
+    """Hands out the next batch of a stream again and again.
+
+    Its place in the data stays before that batch, so that a run that goes on from there sees the same one.
+    """
+
+    def __init__(self, batches: BatchStream) -> None:
+        self._batches, self._place = batches, batches.state()
+        self._batch: dict[str, Any] | None = None
+
+    def __iter__(self) -> "SameBatch":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._batch is None:
+            self._batch = next(self._batches)
+        return self._batch
+
+    def state(self) -> dict[str, Any]:
+        return self._place
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._batches.restore(state)
+        self._place, self._batch = self._batches.state(), None
+
+    def close(self) -> None:
+        self._batches.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +84,6 @@ class Job:
     prepare: Callable[[dict[str, Any]], Any]  # from a host batch to the third argument of `loss`
     work: Callable[[dict[str, Any]], Work]
     export: Callable[[Params], str]  # writes what the run was for; returns what to do with it
-    validate: Callable[[Params], dict[str, Any]] | None = None
-    sample: Callable[[Params], Samples] | None = None
-    overfit: bool = False  # every step sees the batch and the noise of the first
+    validate: Callable[[Params, Check], dict[str, Any]] | None = None
+    sample: Callable[[Params, Check], Samples] | None = None
+    overfit: bool = False  # every step sees the noise of the first, and `batches` its batch

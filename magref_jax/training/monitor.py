@@ -190,7 +190,7 @@ class Goodput:
         )
 
 
-class TooManySkipped(RuntimeError):
+class TooManySkipped(ValueError):
     """Too many steps in a row had gradients that are not finite."""
 
     def __init__(self, step: int, in_a_row: int, max_skipped: int) -> None:

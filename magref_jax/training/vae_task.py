@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -12,13 +14,13 @@ from jaxtyping import Array, UInt8
 
 from magref_jax import checkpoint, pipeline
 from magref_jax.checkpoint import Params
-from magref_jax.config import load_model_config
+from magref_jax.config import VAEConfig, load_model_config
 from magref_jax.data import emoji_clips, emoji_tokenizer, emoji_world
-from magref_jax.distributed import on_first, on_host
+from magref_jax.distributed import is_first, on_first, on_host
 from magref_jax.models import vae
 from magref_jax.sharding import PARAM_SPECS, on_mesh, shard_batch
 from magref_jax.training.config import TrainConfig, VAEPhase, VAETask
-from magref_jax.training.job import Job
+from magref_jax.training.job import Accept, Check, Job
 from magref_jax.training.monitor import Work
 from magref_jax.training.networks import copy_networks, init_random
 from magref_jax.training.objective import reconstruction
@@ -58,25 +60,32 @@ class VAEBatches:
         pass
 
 
-def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
+def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept) -> Job:
     task = config.task
     assert isinstance(task, VAETask)
-    model = task.model
+    model = task.model if task.folder is None else load_model_config(task.folder)
+    check_phases(task, model.vae)
+
+    def write_tokenizer(folder: pathlib.Path) -> int:
+        return emoji_tokenizer.build_tokenizer(emoji_world.vocabulary(task.data.world), folder, model.dit.text_len)
+
     if task.folder is None:
-        vocabulary = emoji_world.vocabulary(task.data.world)
-        tokenizer = out / "model" / "tokenizer"
-        vocab_size = on_first(lambda: emoji_tokenizer.build_tokenizer(vocabulary, tokenizer, model.dit.text_len))
+        with tempfile.TemporaryDirectory() as folder:
+            vocab_size = write_tokenizer(pathlib.Path(folder))
         text_encoder = dataclasses.replace(model.text_encoder, vocab_size=vocab_size)
         model = dataclasses.replace(model, text_encoder=text_encoder)
+    abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only=("vae",)))
+    accept(split_params(abstract["vae"], task.trainable)[0])
+    if task.folder is None:
         params = init_random(model, mesh, config.seed)
     else:
-        model = load_model_config(task.folder)
-        abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only=("vae",)))
         _, params = checkpoint.restore_model(task.folder, abstract)
     trained, rest = split_params(params["vae"], task.trainable)
     frames = emoji_clips.render_clips(model, task.data.world, "train", config.seed, task.data.num_clips)
     num_held_out = 0 if config.events.validation is None else task.data.validation_clips
     held_out = emoji_clips.render_clips(model, task.data.world, "held_out", config.seed, num_held_out)
+    if is_first() and config.events.validation and not num_held_out:
+        print("train.py: no validation: task.data.validation_clips is 0.", file=sys.stderr)
 
     def loss(trained: Params, frozen: Any, frames: Array, keys: Array) -> Any:
         with on_mesh(mesh):
@@ -92,10 +101,13 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
             decoded = pipeline.decode(model, params, encode(params, frames))
         return jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - (frames.astype(jnp.float32) / 127.5 - 1)))
 
-    def validate(trained: Params) -> dict[str, Any]:
-        params = join_params(trained, rest)
-        errors = [squared_error(params, held_out[i : i + 8]) for i in range(0, len(held_out) - 7, 8)]
-        return {"validation_psnr": float(10 * np.log10(4 / np.mean(errors)))}
+    def validate(trained: Params, check: Check) -> dict[str, Any]:
+        params, parts = join_params(trained, rest), [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
+        errors = []
+        for part in parts:
+            errors.append(float(squared_error(params, part)))
+            check()
+        return {"validation_psnr": float(10 * np.log10(4 / np.average(errors, weights=[len(part) for part in parts])))}
 
     def export(trained: Params) -> str:
         folder, vae_params = out / "model", join_params(trained, rest)
@@ -113,7 +125,8 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
             }
             finished = dataclasses.replace(model, vae=dataclasses.replace(model.vae, **statistics))
             others = {name: params[name] for name in ("text_encoder", "image_encoder") if name in params}
-            checkpoint.save_model(folder, finished, {"vae": vae_params, **others}, config.save_dtype)
+            networks = {"vae": vae_params, **others}
+            checkpoint.save_model(folder, finished, networks, config.save_dtype, write_tokenizer)
         return f"wrote {folder}; a DiT can be trained on it now"
 
     return Job(
@@ -125,5 +138,33 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh) -> Job:
         prepare=lambda host: shard_batch(mesh, host["frames"]),
         work=lambda host: Work(len(host["frames"])),
         export=export,
-        validate=validate if len(held_out) >= 8 else None,
+        validate=validate if num_held_out else None,
     )
+
+
+def check_phases(task: VAETask, config: VAEConfig) -> None:
+    """Refuses windows that the clips or the VAE do not have.
+
+    Raises:
+        ValueError: names the phase and the field.
+    """
+    world = task.data.world
+    for number, phase in enumerate(task.phases):
+        sizes = (world.height, world.width) if phase.crop is None else (phase.crop, phase.crop)
+        if phase.num_steps < 1 or phase.batch_size < 1:
+            raise ValueError(
+                f"phase {number}: num_steps={phase.num_steps}, batch_size={phase.batch_size}: must be 1 or more."
+            )
+        config.num_latent_frames(phase.num_frames)
+        if phase.num_frames > world.num_frames + 1:
+            raise ValueError(
+                f"phase {number}: num_frames={phase.num_frames} must be at most {world.num_frames + 1}, a clip and its canvas."
+            )
+        if sizes[0] < 1 or any(size % config.spatial_stride for size in sizes):
+            raise ValueError(
+                f"phase {number}: crop={phase.crop} of {world.width}x{world.height} must be a multiple of {config.spatial_stride}."
+            )
+        if sizes[0] > world.height or sizes[1] > world.width:
+            raise ValueError(
+                f"phase {number}: crop={phase.crop} is larger than clips of {world.width}x{world.height} pixels."
+            )

@@ -432,14 +432,14 @@ def test_signals_are_noted_once_and_then_do_what_they_did():
 
 def test_one_process_is_not_preempted_by_a_cluster(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.reached_preemption(1) is None
+        assert checkpoints.reached_preemption() is None
 
 
 def test_several_processes_stop_at_the_same_step(tmp_path, monkeypatch):
     """There the cluster's notice counts, and the handler that JAX has for SIGTERM stays."""
-    monkeypatch.setattr(module.ocp.multihost, "reached_preemption", lambda step: step == 5)
+    monkeypatch.setattr(module.ocp.multihost, "reached_preemption", lambda question: question == 5)
     with Checkpoints(tmp_path) as checkpoints:
-        assert [checkpoints.reached_preemption(step) for step in (4, 5)] == [None, signal.SIGTERM]
+        assert [checkpoints.reached_preemption() for _ in range(5)] == [None] * 4 + [signal.SIGTERM]
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(module.jax, "process_count", lambda: 2)
     with StopSignal():

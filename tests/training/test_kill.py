@@ -66,11 +66,12 @@ def loss(params, frozen, batch, keys):
     return {"loss": (jnp.sum(error**2), jnp.float32(error.size))}
 
 
-def open_job(config, out, mesh):
+def open_job(config, out, mesh, accept):
     rng = np.random.default_rng(1)
     params = {"layer": {"kernel": jnp.zeros((16, 2**12)), "bias": jnp.zeros(2**12)}}
     frozen = jnp.asarray(rng.standard_normal((16, 2**12)), jnp.float32)
     specs = ((r"layer/\\w+", P()),)
+    accept(params)
     return Job(
         params, frozen, specs, loss, Batches(), lambda batch: batch, lambda batch: Work(8), lambda params: "done"
     )
