@@ -144,7 +144,7 @@ def from_torch(
 
 
 def to_torch(path: pathlib.Path, out: pathlib.Path, arguments: argparse.Namespace, only: tuple[str, ...]) -> None:
-    if path.is_file():
+    if path.is_file() or any((path / name).is_file() for name in lora.FOLDER_FILES):
         rename_lora(path, out, arguments)
         return
     if not (path / MANIFEST).is_file():

@@ -4,7 +4,8 @@
     params = apply_loras(params, [(lora, 0.8)])
 
 A file adds strength · alpha / rank · up @ down to a weight, or a full difference to a weight, a bias or a modulation. Names
-are those of the conversion tables: a spelling is a prefix, one of the two layouts, dots or underscores, and how a key ends.
+are those of the conversion tables: a spelling is prefixes, one of the two layouts, dots or underscores, and how a key ends.
+Alpha is a key of the file, or stands in its header, or in PEFT's `adapter_config.json` beside it.
 """
 
 import collections
@@ -23,34 +24,50 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Shaped, UInt
 
+from magref_jax.command import check_local
 from magref_jax.config import DiTConfig
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import LINEAR, Layout, Rule, Transform, flatten, torch_shapes
-from magref_jax.convert.tensor_files import StoredTensor, read_safetensors, safetensors_metadata, write_safetensors
+from magref_jax.convert.tensor_files import (
+    StoredTensor,
+    check_pth,
+    read_pth,
+    read_safetensors,
+    safetensors_metadata,
+    write_safetensors,
+)
+from magref_jax.files import read_text
 from magref_jax.models.adapters import LoraConfig
 
 Family = Literal["kohya", "peft", "original"]
+FindAlpha = Callable[[str, int], tuple[float | None, str]]  # of a key and its rank: alpha and where it is from
 
 PREFIXES = (
     "lora_unet__",  # VideoX-Fun
     "lora_unet_",  # kohya, musubi-tuner
+    "lora_transformer_",  # OneTrainer
     "lycoris_",
-    "model.diffusion_model.",
     "diffusion_model.",  # ComfyUI, diffusion-pipe, lightx2v
     "transformer.",  # diffusers
-    "base_model.model.",  # PEFT
-    "pipe.dit.",  # DiffSynth
-    "",
+    "base_model.",  # PEFT
+    "pipe.",  # DiffSynth
+    "dit.",
+    "model.",
+    "module.",  # torch's data parallelism
+    "_orig_mod.",  # torch.compile
+    "orig_mod_",
 )
 
 # How a key ends, what that tensor is, and of which of the module's parameters.
 ROLES = tuple(
-    (re.compile(rf"(.+)\.{ending}"), role, leaf)
+    (re.compile(rf"(.+)\.(?:{ending})"), role, leaf)
     for ending, role, leaf in (
-        (r"lora_(?:down|A)(?:\.\w+)?\.weight", "down", "weight"),  # between may be the name of a PEFT adapter
-        (r"lora_(?:up|B)(?:\.\w+)?\.weight", "up", "weight"),
+        (r"lora_(?:down|A)(?:\.[\w-]+)?\.weight", "down", "weight"),  # between may be the name of a PEFT adapter
+        (r"lora_(?:up|B)(?:\.[\w-]+)?\.weight", "up", "weight"),
+        (r"(?:lora|lora_linear_layer)\.down\.weight|lora_A", "down", "weight"),
+        (r"(?:lora|lora_linear_layer)\.up\.weight|lora_B", "up", "weight"),
         (r"alpha", "alpha", "weight"),
-        (r"lora_(?:up|B)(?:\.\w+)?\.bias", "up_bias", "bias"),
+        (r"lora_(?:up|B)(?:\.[\w-]+)?\.bias", "up_bias", "bias"),
         (r"diff", "diff", "weight"),
         (r"diff_b", "diff_b", "bias"),
         (r"diff_m", "diff_m", "modulation"),
@@ -65,9 +82,33 @@ UNSUPPORTED = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lora_mid": "a Tucker decomposition",
+    "transformer_2.": "a pair of transformers, as Wan 2.2 has",
 }
+SUPPORTED = (
+    "Supported are low-rank pairs (lora_down and lora_up, or lora_A and lora_B) and full differences (diff, diff_b, "
+    "diff_m)."
+)
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps alpha: a JSON text in the header of the file
+KOHYA_ALPHA = "ss_network_alpha"
+ADAPTER_CONFIG = "adapter_config.json"  # where PEFT keeps alpha
+PEFT_STEM = "adapter_model"
+FOLDER_FILES = (f"{PEFT_STEM}.safetensors", f"{PEFT_STEM}.bin", "pytorch_lora_weights.safetensors")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Fields of PEFT's config that mean more than alpha / rank · up @ down, unless they are empty.
+OTHER_METHODS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layer replication",
+    "target_parameters": "adapters of bare parameters",
+}
+# How PEFT may have begun without changing the weights that the adapter is for.
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 PATCH_KERNEL = "patch_embedding/kernel"
 
 
@@ -78,6 +119,7 @@ class LowRank:
     down: Shaped[np.ndarray, "rank in *kernel"]
     up: Shaped[np.ndarray, "out rank *ones"]
     alpha: Shaped[np.ndarray, "..."] | None = None  # one number
+    origin: str = ""  # of alpha; without one, what else a report says of it
 
     @property
     def rank(self) -> int:
@@ -124,7 +166,9 @@ class Lora:
     @property
     def report(self) -> str:
         total = self.matched + len(self.unmatched) + len(self.skipped)
-        text = f"LoRA {self.file}: {self.matched} of {total} keys matched"
+        text = f"LoRA {self.file}: {self.matched} of {total} keys matched{self._alphas()}"
+        if half := re.search(r"(high|low)[ _-]?noise", self.file, re.IGNORECASE):
+            text += f"; by its name for the {half[1].lower()}-noise half of a Wan 2.2 pair, and added to the one transformer here"
         if self.unmatched:
             text += f"; unmatched: {_listed(self.unmatched)}"
         if self.skipped:
@@ -133,6 +177,23 @@ class Lora:
                 f"this one has {self.config.in_channels}: {_listed(self.skipped)}"
             )
         return text
+
+    def _alphas(self) -> str:
+        """What pairs are scaled by, and where that is from."""
+        scales: dict[tuple[bool, str], list[float]] = {}
+        for delta in self.deltas:
+            if isinstance(delta.value, LowRank):
+                group = delta.value.alpha is not None, delta.value.origin
+                scales.setdefault(group, []).append(delta.value.scale)
+        parts = []
+        for (is_given, origin), found in sorted(scales.items(), reverse=True):
+            limits = " to ".join(dict.fromkeys(f"{limit:.4g}" for limit in (min(found), max(found))))
+            known, unknown = (
+                f"; alpha/rank {limits} from {origin}",
+                f"; pairs without alpha, not scaled: {len(found)}{origin}",
+            )
+            parts.append(known if is_given else unknown)
+        return "".join(parts)
 
 
 def _listed(keys: Sequence[str], limit: int = 5) -> str:
@@ -178,23 +239,49 @@ def _split_name(name: str) -> tuple[str, str]:
     return module, leaf if leaf in ("weight", "bias") else "modulation"
 
 
+def lora_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The file of a LoRA, which may be given as the folder that PEFT or diffusers wrote it to.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no adapter in the folder.
+        ValueError: a path such as `gs://…`, or a folder with several files to choose from.
+    """
+    check_local("LoRA", path)
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; expected a LoRA file there.")
+        return path
+    found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{path} is a folder without a LoRA; expected {' or '.join(FOLDER_FILES)} in it.")
+    if len(found) > 1 and found[0].name not in FOLDER_FILES:
+        raise ValueError(f"{path} is a folder of several files, {_listed([file.name for file in found])}; give one.")
+    return found[0]
+
+
 def read_lora(path: str | pathlib.Path, config: DiTConfig, abstract_params: Any) -> Lora:
-    """Reads a safetensors file against the shapes of a transformer's parameters.
+    """Reads a file, or the adapter in a folder, against the shapes of a transformer's parameters.
 
     Keys without a place in the model are reported, not refused: a file may hold a text encoder too, or branches that a
     text-to-video model lacks. So are the patch weights of a text-to-video file on an image-to-video model.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: a file of torch, and no torch that reads it safely.
         ValueError: the file is damaged, of another method than LoRA, or for another model: no key matches, a shape differs,
             half of a pair is missing, or a value is not finite. The message names the key.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a LoRA file there.")
-    tensors, metadata = read_safetensors(path), safetensors_metadata(path)
+    path = lora_file(path)
+    metadata: Mapping[str, str] = {}
+    if path.suffix in TORCH_SUFFIXES:
+        tensors = read_pth(path)
+        check_pth(path)
+    else:
+        tensors, metadata = read_safetensors(path), safetensors_metadata(path)
     try:
-        deltas, unmatched, skipped = _find_deltas(tensors, metadata, config, abstract_params)
+        find_alpha = _find_alpha(path, metadata)
+        deltas, unmatched, skipped = _find_deltas(tensors, find_alpha, config, abstract_params)
     except ValueError as error:
         raise ValueError(f"LoRA {path}: {error}") from None
     matched = len(tensors) - len(unmatched) - len(skipped)
@@ -202,22 +289,20 @@ def read_lora(path: str | pathlib.Path, config: DiTConfig, abstract_params: Any)
 
 
 def _find_deltas(
-    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], config: DiTConfig, abstract_params: Any
+    tensors: Mapping[str, StoredTensor], find_alpha: FindAlpha, config: DiTConfig, abstract_params: Any
 ) -> tuple[list[Delta], list[str], list[str]]:
     """What a file adds; keys without a place in the model; keys for the patches of a text-to-video model."""
     for key in tensors:
         for part, method in UNSUPPORTED.items():
             if part in key:
-                raise ValueError(
-                    f"{key!r} belongs to {method}, which is not supported. Supported are low-rank pairs (lora_down and "
-                    "lora_up, or lora_A and lora_B) and full differences (diff, diff_b, diff_m)."
-                )
+                raise ValueError(f"{key!r} belongs to {method}, which is not supported. {SUPPORTED}")
     slots = _slots(config, abstract_params)
     modules: dict[tuple[str, int | None], dict[str, tuple[_Slot, str, StoredTensor]]] = {}
     unmatched, skipped = [], []
     for key, tensor in tensors.items():
         found = _find_slot(key, slots)
         if found is None:
+            _check_ending(key, slots)
             unmatched.append(key)
             continue
         slot, role = found
@@ -226,13 +311,12 @@ def _find_deltas(
             raise ValueError(f"{key!r} and {roles[role][1]!r} are both the {role} of {slot.path}, layer {slot.layer}.")
         roles[role] = (slot, key, tensor)
 
-    adapter_alpha = _adapter_alpha(metadata.get(ADAPTER_METADATA))
     deltas: list[Delta] = []
     for roles in modules.values():
         skipped += _take_text_to_video_patches(roles, config)
         if "alpha" in roles and not {"down", "up"} & set(roles):
             unmatched.append(roles.pop("alpha")[1])  # of nothing
-        deltas += _deltas(roles, adapter_alpha)
+        deltas += _deltas(roles, find_alpha)
     if not deltas:
         raise ValueError(
             f"none of its {len(tensors)} keys fits a part of this transformer: {_listed(unmatched + skipped)}."
@@ -248,8 +332,25 @@ def _find_slot(key: str, slots: Mapping[tuple[str, str], _Slot]) -> tuple[_Slot,
     return None
 
 
+def _check_ending(key: str, slots: Mapping[tuple[str, str], _Slot]) -> None:
+    """Refuses what is said of a module of the model in another way than is known here; without it the rest means less."""
+    if any(pattern.fullmatch(key) for pattern, _, _ in ROLES):
+        return
+    for end in [found.start() for found in re.finditer(r"\.|$", key)]:
+        name = _without_prefix(key[:end])
+        if (name, "weight") in slots or (name, "bias") in slots:
+            if key[end + 1 :] in ("weight", "bias", ""):
+                raise ValueError(
+                    f"{key!r} is a whole parameter, not what is added to one: the file is of a model, or PEFT trained this "
+                    "one in full (bias, modules_to_save), which is not supported."
+                )
+            raise ValueError(f"{key!r} ends in {key[end:]!r}, which is not supported. {SUPPORTED}")
+
+
 def _without_prefix(name: str) -> str:
-    return name.removeprefix(next(prefix for prefix in PREFIXES if name.startswith(prefix)))
+    while found := next(filter(name.startswith, PREFIXES), ""):
+        name = name.removeprefix(found)
+    return name
 
 
 def _take_text_to_video_patches(roles: dict[str, tuple[_Slot, str, StoredTensor]], config: DiTConfig) -> list[str]:
@@ -263,9 +364,7 @@ def _take_text_to_video_patches(roles: dict[str, tuple[_Slot, str, StoredTensor]
     return []
 
 
-def _deltas(
-    roles: Mapping[str, tuple[_Slot, str, StoredTensor]], adapter_alpha: Callable[[str, int], float | None]
-) -> list[Delta]:
+def _deltas(roles: Mapping[str, tuple[_Slot, str, StoredTensor]], find_alpha: FindAlpha) -> list[Delta]:
     """What the tensors of one module add to its parameters."""
     deltas = []
     scale = 1.0
@@ -278,13 +377,12 @@ def _deltas(
             _read(key, down, (rank, *slot.shape[1:])),
             _read(up_key, up, (slot.shape[0], rank, *(1 for _ in slot.shape[2:]))),
         )
-        alpha = None
+        number, origin = find_alpha(key, rank)
+        alpha = None if number is None else _scalar(number, arrays[0].dtype)
         if "alpha" in roles:
             _, alpha_key, tensor = roles["alpha"]
-            alpha = _read(alpha_key, tensor, (1,) if len(tensor.shape) else ())
-        elif (number := adapter_alpha(key, rank)) is not None:
-            alpha = _scalar(number, arrays[0].dtype)
-        pair = LowRank(*arrays, alpha)
+            alpha, origin = _read(alpha_key, tensor, (1,) if len(tensor.shape) else ()), "its keys"
+        pair = LowRank(*arrays, alpha, origin)
         deltas.append(Delta(slot.path, slot.layer, pair))
         scale = pair.scale
     elif half := {"down", "up", "up_bias"} & set(roles):
@@ -304,6 +402,8 @@ def _deltas(
 def _read(key: str, tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
     if tensor.shape != shape:
         raise ValueError(f"{key!r} has shape {tensor.shape}, expected {shape}.")
+    if tensor.dtype.kind in "iub" and math.prod(shape) > 1:  # alpha may be one
+        raise ValueError(f"{key!r} has dtype {tensor.dtype}, expected floating-point numbers.")
     array = tensor.read()
     if not np.isfinite(array).all():
         raise ValueError(f"{key!r} has values that are NaN or infinite.")
@@ -316,25 +416,69 @@ def _scalar(number: float, dtype: np.dtype) -> np.ndarray:
     return array if float(array) == number else np.asarray(number, np.float32)
 
 
-def _adapter_alpha(text: str | None) -> Callable[[str, int], float | None]:
-    """The alpha of a key and its rank, as `ADAPTER_METADATA` gives it; None if it gives none."""
-    if text is None:
-        return lambda key, rank: None
+def _find_alpha(path: pathlib.Path, metadata: Mapping[str, str]) -> FindAlpha:
+    """Looks alpha up outside the tensors: in the header, and beside a file of PEFT."""
+    configs = {}
+    if ADAPTER_METADATA in metadata:
+        configs[f"{ADAPTER_METADATA} in its header"] = metadata[ADAPTER_METADATA]
+    beside = path.with_name(ADAPTER_CONFIG)
+    if path.stem == PEFT_STEM and beside.is_file():
+        configs[ADAPTER_CONFIG] = read_text(beside)
+    alphas = {place: _adapter_alpha(place, text) for place, text in configs.items()}
+    # Trainers also leave the alpha of their command line there, and converters keep it when they multiply alpha into the
+    # weights. Alphas are keys in such files; nobody takes the header for one.
+    hint = f" ({KOHYA_ALPHA} {metadata[KOHYA_ALPHA]} in its header is not used)" if KOHYA_ALPHA in metadata else ""
+
+    def find(key: str, rank: int) -> tuple[float | None, str]:
+        found = ((alpha(key, rank), place) for place, alpha in alphas.items())
+        return next(((number, place) for number, place in found if number is not None), (None, hint))
+
+    return find
+
+
+def _adapter_alpha(place: str, text: str) -> Callable[[str, int], float | None]:
+    """The alpha of a key and its rank, as a config of PEFT gives it; None if it gives none.
+
+    Raises:
+        ValueError: the config is damaged, or says that adapters are more than alpha / rank · up @ down.
+    """
     try:
         config = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         default = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
         # PEFT takes them for regular expressions. A stranger's expression may take for ever; modules are named in full.
-        alphas = {name.removeprefix("^"): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{ADAPTER_METADATA} in its header is damaged: {error}.") from None
-    for name, number in {"lora_alpha": default or 0.0, **alphas}.items():
+        alphas, ranks = (
+            {
+                name.removeprefix("^").replace("\\.", "."): float(value)
+                for name, value in (config.get(field) or {}).items()
+            }
+            for field in ("alpha_pattern", "rank_pattern")
+        )
+        stated = None if config.get("r") is None else float(config["r"])
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{place} is damaged: {error}.") from None
+    for name, number in {"lora_alpha": default or 0.0, **ranks, **alphas}.items():
         if not re.fullmatch(r"[\w.]+", name) or not math.isfinite(number):
-            raise ValueError(
-                f"{ADAPTER_METADATA} in its header has alpha {number} for {name!r}; expected names and numbers."
-            )
+            raise ValueError(f"{place} has alpha or rank {number} for {name!r}; expected names and numbers.")
+    if (method := config.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"{place} says peft_type {method!r}, which is not supported. {SUPPORTED}")
+    for field, method in OTHER_METHODS.items():
+        if config.get(field):
+            raise ValueError(f"{place} says {field}={config[field]!r}: {method}, which is not supported. {SUPPORTED}")
+    if (begun := config.get("init_lora_weights")) not in INITIALISATIONS:
+        raise ValueError(
+            f"{place} says init_lora_weights={begun!r}: the adapter is for changed weights of the model, not for the weights "
+            "themselves. PEFT converts it: save_pretrained(…, path_initial_model_for_weight_conversion=…)."
+        )
     rank_stabilised = bool(config.get("use_rslora"))
 
+    def check_rank(key: str, rank: int) -> None:
+        module = "." + _without_prefix(key.partition(".lora_")[0])
+        expected = next((number for name, number in ranks.items() if module.endswith("." + name)), stated)
+        if expected is not None and expected != rank:
+            raise ValueError(f"{key!r} has rank {rank}, but {place} says {expected:g}.")
+
     def alpha(key: str, rank: int) -> float | None:
+        check_rank(key, rank)
         module = "." + _without_prefix(key.partition(".lora_")[0])
         number = next((number for name, number in alphas.items() if module.endswith("." + name)), default)
         return number if number is None or not rank_stabilised else number * math.sqrt(rank)
@@ -544,13 +688,17 @@ def trained_lora(tree: Any, lora: LoraConfig, config: DiTConfig) -> Lora:
 def split_strength(text: str) -> tuple[pathlib.Path, float]:
     """The file and the strength of FILE[:STRENGTH], which is 1 if not given; the file may have colons of its own.
 
+    FILE may be a folder that holds an adapter; the file in it is returned.
+
     Raises:
         ValueError: there is no such file, or the strength is no finite number.
+        FileNotFoundError: a folder without an adapter.
     """
+    check_local("LoRA", text)
     path, (name, colon, number) = pathlib.Path(text), text.rpartition(":")
-    if path.is_file():
-        return path, 1.0
-    if not colon or not pathlib.Path(name).is_file():
+    if text and path.exists():
+        return lora_file(path), 1.0
+    if not colon or not name or not pathlib.Path(name).exists():
         raise ValueError(f"there is no LoRA file {text!r}.")
     try:
         strength = float(number)
@@ -558,4 +706,4 @@ def split_strength(text: str) -> tuple[pathlib.Path, float]:
         strength = math.nan
     if not math.isfinite(strength):
         raise ValueError(f"{number!r} after {name}: must be a finite number, such as 0.8.")
-    return pathlib.Path(name), strength
+    return lora_file(name), strength

@@ -414,6 +414,15 @@ def test_a_lora_is_given_the_names_of_other_programs(tmp_path, capsys):
     assert "transformer.blocks.1.attn2.add_k_proj.lora_A.weight" in safetensors.torch.load_file(
         tmp_path / "peft.safetensors"
     )
+    # The folder of PEFT: alpha, which lies beside the tensors there, goes with them.
+    (tmp_path / "adapter").mkdir()
+    peft = {f"base_model.model.blocks.0.self_attn.q.lora_{half}.weight": random(8, 24) for half in "A"}
+    peft |= {name.replace("_A", "_B"): tensor.T.contiguous() for name, tensor in peft.items()}
+    safetensors.torch.save_file(peft, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 32, "r": 8}')
+    run(tmp_path / "adapter", tmp_path / "kohya.safetensors", "--to", "wan", *settings)
+    assert "alpha/rank 4 from adapter_config.json" in capsys.readouterr().out
+    assert safetensors.torch.load_file(tmp_path / "kohya.safetensors")["lora_unet_blocks_0_self_attn_q.alpha"] == 32
     error = fails(capsys, tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "--to", "wan")
     assert "expected (4, 5120)" in error or "expected ('rank', 5120)" in error
     assert not (tmp_path / "other.safetensors").exists()

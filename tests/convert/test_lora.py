@@ -179,9 +179,20 @@ def test_each_spelling_of_a_name_means_one_parameter():
         "transformer.blocks.1.attn2.to_out.0",
         "blocks.1.cross_attn.o",
         "blocks.1.attn2.to_out.0",
+        "base_model.model.diffusion_model.blocks.1.cross_attn.o",
+        "base_model.model.transformer.blocks.1.attn2.to_out.0",
+        "transformer.base_model.model.blocks.1.attn2.to_out.0",
+        "model.blocks.1.cross_attn.o",
+        "module._orig_mod.blocks.1.cross_attn.o",
+        "base_model.model._orig_mod.blocks.1.cross_attn.o",
+        "lora_unet__orig_mod_blocks_1_cross_attn_o",
+        "lora_transformer_blocks_1_attn2_to_out_0",
     ],
 )
-@pytest.mark.parametrize("ends", [LORA_DOWN, LORA_A, ("lora_A.new", "lora_B.new")])
+@pytest.mark.parametrize(
+    "ends",
+    [LORA_DOWN, LORA_A, ("lora_A.new-style", "lora_B.new-style"), ("lora.down", "lora.up")],
+)
 def test_prefixes_and_endings(tmp_path, key, ends):
     lora = read(tmp_path, pair(key, 16, 16, ends=ends))
     (delta,) = lora.deltas
@@ -316,6 +327,117 @@ def test_alpha_in_the_header_of_a_diffusers_file(tmp_path, metadata, alpha):
     assert lora.deltas[0].value.scale == pytest.approx(alpha, rel=1e-7)
 
 
+def adapter(folder: pathlib.Path, config: Any, tensors: Mapping[str, np.ndarray], name: str = "adapter_model"):
+    """A folder as PEFT's save_pretrained leaves it."""
+    folder.mkdir()
+    text = config if isinstance(config, str) else json.dumps({"peft_type": "LORA"} | config)
+    (folder / "adapter_config.json").write_text(text)
+    return save(folder / f"{name}.safetensors", tensors)
+
+
+# Three modules of ranks 2, 3 and 2, as PEFT would name them, and what it scales each by.
+ADAPTER = {
+    **pair("base_model.model.blocks.0.self_attn.q", 16, 16, ends=LORA_A),
+    **pair("base_model.model.blocks.1.self_attn.q", 16, 16, rank=3, ends=LORA_A),
+    **pair("base_model.model.blocks.2.ffn.0", 24, 16, ends=LORA_A),
+}
+RANKS = {"r": 2, "rank_pattern": {"blocks.1.self_attn.q": 3}}
+
+
+@pytest.mark.parametrize(
+    ("config", "scales", "said"),
+    [
+        ({"lora_alpha": 32} | RANKS, [16, 32 / 3, 16], "alpha/rank 10.67 to 16 from adapter_config.json"),
+        ({"lora_alpha": 4}, [2, 4 / 3, 2], "from adapter_config.json"),  # older releases say less
+        (
+            {"lora_alpha": 8, "alpha_pattern": {"self_attn.q": 3, r"^blocks\.2\.ffn\.0": 1}} | RANKS,
+            [1.5, 1.0, 0.5],
+            "alpha/rank 0.5 to 1.5",
+        ),
+        ({"lora_alpha": 8, "use_rslora": True} | RANKS, [8 / 2**0.5, 8 / 3**0.5, 8 / 2**0.5], "4.619 to 5.657"),
+        # What changes nothing of a linear layer, or of a merge.
+        (
+            {"lora_alpha": 6, "fan_in_fan_out": True, "bias": "none", "init_lora_weights": "gaussian"},
+            [3, 2, 3],
+            "2 to 3",
+        ),
+        ({"r": 2, "rank_pattern": {"blocks.1.self_attn.q": 3}}, [1, 1, 1], "pairs without alpha, not scaled: 3"),
+    ],
+)
+def test_alpha_beside_an_adapter_of_peft(tmp_path, config, scales, said):
+    path = adapter(tmp_path / "style", config, ADAPTER)
+    for given in (path, tmp_path / "style"):  # the file or its folder
+        lora = read_lora(given, CONFIG, abstract_params())
+        assert [delta.value.scale for delta in lora.deltas] == pytest.approx(scales, rel=1e-7)
+        assert said in lora.report
+    assert split_strength(f"{tmp_path / 'style'}:0.5") == (path, 0.5)
+    write_lora(tmp_path / "out.safetensors", lora, "kohya")
+    back = read_lora(tmp_path / "out.safetensors", CONFIG, abstract_params())
+    assert [delta.value.scale for delta in back.deltas] == pytest.approx(scales, rel=1e-7)
+
+
+def test_where_alpha_is_looked_for(tmp_path):
+    """A key wins over the header, the header over the file beside, and that is for files of PEFT's name only."""
+    config = {"lora_alpha": 32, "r": 2}
+    name, tensors = "base_model.model.blocks.0.self_attn.q", pair("base_model.model.blocks.0.self_attn.q", 16, 16)
+
+    def scale(path):
+        lora = read_lora(path, CONFIG, abstract_params())
+        return lora.deltas[0].value.scale, lora.report.partition("; ")[2]
+
+    path = adapter(tmp_path / "a", config, tensors)
+    assert scale(path) == (16, "alpha/rank 16 from adapter_config.json")
+    save(path, tensors, adapter_metadata(lora_alpha=6))
+    assert scale(path) == (3, "alpha/rank 3 from lora_adapter_metadata in its header")
+    save(path, tensors | {f"{name}.alpha": np.asarray(4, np.int64)}, adapter_metadata(lora_alpha=6))
+    assert scale(path) == (2, "alpha/rank 2 from its keys")
+    assert scale(adapter(tmp_path / "b", config, tensors, "style")) == (1, "pairs without alpha, not scaled: 1")
+    # Converters keep kohya's header when they multiply alpha into the weights.
+    path = save(tmp_path / "kohya.safetensors", tensors, {"ss_network_alpha": "16.0", "ss_network_dim": "2"})
+    assert scale(path) == (
+        1,
+        "pairs without alpha, not scaled: 1 (ss_network_alpha 16.0 in its header is not used)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "adapter_config.json is damaged"),
+        ("[]", "adapter_config.json is damaged"),
+        ({"lora_alpha": "much"}, "adapter_config.json is damaged: could not convert string"),
+        ({"lora_alpha": 8, "r": 4}, "blocks.0.self_attn.q.lora_A.weight' has rank 2, but adapter_config.json says 4"),
+        (
+            {"rank_pattern": {r"blocks\.\d+\.ffn.0": 4}},
+            "has alpha or rank 4.0 for 'blocks.*; expected names and numbers",
+        ),
+        ({"alpha_pattern": {"self_attn.(q|k)": 4}}, "has alpha or rank 4.0 for 'self_attn"),
+        ({"peft_type": "LOKR"}, "says peft_type 'LOKR', which is not supported. Supported are"),
+        ({"use_dora": True}, "says use_dora=True: DoRA, which is not supported"),
+        ({"layer_replication": [[0, 2]]}, "says layer_replication=.*, which is not supported"),
+        ({"target_parameters": ["blocks.0.modulation"]}, "says target_parameters="),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': the adapter is for changed weights of the model"),
+    ],
+)
+def test_a_config_of_peft_that_is_no_plain_lora_is_refused(tmp_path, config, message):
+    path = adapter(tmp_path / "style", config, ADAPTER)
+    with pytest.raises(ValueError, match=message) as error:
+        read_lora(path, CONFIG, abstract_params())
+    assert str(path) in str(error.value)
+
+
+def test_folders_that_hold_no_one_lora(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is a folder without a LoRA; expected adapter_model.safetensors or"):
+        split_strength(str(tmp_path))
+    save(tmp_path / "one.safetensors", PEFT)
+    assert split_strength(f"{tmp_path}:2") == (tmp_path / "one.safetensors", 2.0)
+    save(tmp_path / "two.safetensors", PEFT)
+    with pytest.raises(ValueError, match="is a folder of several files, one.safetensors, two.safetensors; give one"):
+        split_strength(str(tmp_path))
+    save(tmp_path / "pytorch_lora_weights.safetensors", PEFT)
+    assert lora_module.lora_file(tmp_path).name == "pytorch_lora_weights.safetensors"
+
+
 def test_a_bias_of_a_pair_is_scaled_with_it(tmp_path):
     base = "transformer.blocks.0.attn1.to_q"
     tensors = pair(base, 16, 16, ends=LORA_A) | {f"{base}.lora_B.bias": random(16)}
@@ -331,9 +453,15 @@ def test_report_names_what_found_no_place(tmp_path):
     tensors = KOHYA | {name: random(1) for name in names} | {"blocks.0.norm3.alpha": random(1)}
     tensors |= {"diffusion_model.blocks.3.self_attn.q.diff": random(16, 16)}  # the model has layers 0 to 2
     report = read(tmp_path, tensors).report
-    assert report.startswith("LoRA in.safetensors: 9 of 17 keys matched; unmatched: ")
+    assert report.startswith(
+        "LoRA in.safetensors: 9 of 17 keys matched; alpha/rank 0.15 to 1.5 from its keys; unmatched: "
+    )
     assert report.endswith(" and 3 more")
-    assert read(tmp_path, KOHYA).report == "LoRA in.safetensors: 9 of 9 keys matched"
+    assert read(tmp_path, {"blocks.1.diff_m": random(1, 6, 16)}).report == "LoRA in.safetensors: 1 of 1 keys matched"
+    path = save(tmp_path / "style_HIGH-noise.safetensors", PEFT)
+    assert (
+        "; by its name for the high-noise half of a Wan 2.2 pair" in read_lora(path, CONFIG, abstract_params()).report
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,7 +480,8 @@ def test_text_to_video_patches_are_skipped_by_name(tmp_path, patches):
     lora = read(tmp_path, tensors)
     assert set(lora.skipped) == set(patches)
     assert {delta.path for delta in lora.deltas} == {"blocks/self_attention/query/kernel", "patch_embedding/bias"}
-    assert f"3 of {len(tensors)} keys matched; skipped, because they are for 4 input channels" in lora.report
+    assert f"3 of {len(tensors)} keys matched; pairs without alpha, not scaled: 1; skipped" in lora.report
+    assert "skipped, because they are for 4 input channels" in lora.report
     assert "this one has 12: patch_embedding." in lora.report
     with pytest.raises(ValueError, match="none of its"):
         read(tmp_path, patches)
@@ -436,6 +565,26 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         (pair(Q, 16, 16) | {f"{Q}.lora_magnitude_vector": random(16)}, "belongs to DoRA"),
         ({f"{Q}.hada_w1_a": random(16, 2)}, f"'{Q}.hada_w1_a' belongs to LoHa"),
         ({"lycoris_blocks_0_self_attn_q.lokr_w1": random(4, 4)}, "lokr_w1' belongs to LoKr, which is not supported"),
+        # Beside a pair that could be merged: what else is said of a module of the model is not left out.
+        (KOHYA | {"lora_unet_blocks_1_ffn_2.oft_blocks": random(2, 2)}, "'.oft_blocks', which is not supported. Supp"),
+        (KOHYA | {"lora_unet_blocks_1_ffn_2.b1.weight": random(2, 2)}, "ends in '.b1.weight'"),  # GLoRA
+        (KOHYA | {"lora_unet_blocks_1_norm3.w_norm": random(16)}, "ends in '.w_norm'"),
+        (KOHYA | {"lora_unet_blocks_0_self_attn_q.scalar": random(1)}, "ends in '.scalar'"),
+        (KOHYA | {"diffusion_model.patch_embedding.reshape_weight": random(5)}, "ends in '.reshape_weight'"),
+        (KOHYA | {"blocks.0.self_attn.k.lora_down.scale_weight": random(1)}, "ends in '.lora_down.scale_weight'"),
+        (PEFT | {"base_model.model.blocks.0.self_attn.k.lora_E": random(2, 1)}, "ends in '.lora_E'"),  # AdaLoRA
+        (PEFT | {"base_model.model.head.head.weight": random(16, 16)}, "head.weight' is a whole parameter"),
+        (PEFT | {"base_model.model.blocks.0.self_attn.k.bias": random(16)}, "k.bias' is a whole parameter"),
+        (PEFT | {"base_model.model.blocks.0.modulation": random(1, 6, 16)}, "modulation' is a whole parameter"),
+        (PEFT | pair("transformer_2.blocks.0.attn1.to_q", 16, 16, ends=LORA_A), "belongs to a pair of transformers"),
+        # Adapters of two names in one file, and one module under two names.
+        (PEFT | pair("transformer.blocks.0.attn1.to_q", 16, 16, ends=("lora_A.b", "lora_B.b")), "are both the down of"),
+        (ORIGINAL | pair("_orig_mod.blocks.0.self_attn.q", 16, 16), "are both the down of blocks/self_attention/query"),
+        # Whole numbers without what scales them.
+        (
+            {name: tensor.astype(np.int8) for name, tensor in pair(Q, 16, 16).items()},
+            "has dtype int8, expected floating",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(tmp_path, tensors, message):
@@ -522,6 +671,10 @@ def test_strength_is_what_follows_the_last_colon_of_a_file(tmp_path, monkeypatch
         ("a.safetensors:strong", "'strong' after a.safetensors: must be a finite number, such as 0.8"),
         ("a.safetensors:nan", "'nan' after a.safetensors"),
         ("a.safetensors:inf", "'inf' after a.safetensors"),
+        (":0.5", "there is no LoRA file ':0.5'"),
+        ("C:\\loras\\style.safetensors", r"there is no LoRA file 'C:.*style.safetensors'"),
+        ("gs://bucket/style.safetensors", "LoRA gs://bucket/style.safetensors: gs:// cannot be read"),
+        ("https://example.org/style.safetensors:0.5", "https:// cannot be read or written; give a local path"),
     ],
 )
 def test_wrong_files_and_strengths(tmp_path, monkeypatch, text, message):
@@ -572,7 +725,7 @@ def test_sample_hands_loras_and_strengths_on_and_says_what_matched(model_folder,
         sample.main(["--model", str(model_folder), *PROMPT, "a.safetensors", "--lora", "b.safetensors:-.5"])
     assert [(lora.file, strength) for lora, strength in given] == [("a.safetensors", 1.0), ("b.safetensors", -0.5)]
     assert capsys.readouterr().out.splitlines() == [
-        "LoRA a.safetensors: 2 of 3 keys matched; unmatched: other",
+        "LoRA a.safetensors: 2 of 3 keys matched; pairs without alpha, not scaled: 1; unmatched: other",
         "LoRA b.safetensors: 1 of 1 keys matched",
     ]
 

@@ -232,6 +232,62 @@ def test_without_alpha_nothing_is_scaled(tmp_path):
     check(merged((read_lora(path, CONFIG, abstract_params()), 1.0)), torch_merge((torch_delta(pairs, {}, 1.0), 1.0)))
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt"])
+def test_an_adapter_of_peft_merges_as_torch_does(tmp_path, suffix):
+    """With ranks and alphas by module, alpha/√rank, and biases; alpha is beside the tensors and nowhere else."""
+    pairs, _ = make_lora(seed=4)
+    pairs["blocks.1.ffn.0.down"], pairs["blocks.1.ffn.0.up"] = (
+        pairs["blocks.1.ffn.0.down"][:2].clone(),
+        pairs["blocks.1.ffn.0.up"][:, :2].clone(),
+    )
+    bias = 0.5 * torch.randn(16, generator=torch.Generator().manual_seed(5))
+    tensors = spell(pairs, {}, "base_model.model.", ("lora_A", "lora_B"))
+    tensors["base_model.model.blocks.0.self_attn.q.lora_B.bias"] = bias
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "use_rslora": True, "lora_bias": True}
+    config |= {"rank_pattern": {"blocks.1.ffn.0": 2}, "alpha_pattern": {"^blocks.0.self_attn.q": 5, "k_img": 7}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = tmp_path / f"adapter_model.{suffix}"
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    (save_file if suffix == "safetensors" else torch.save)(tensors, path)
+
+    expected = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in base().items()}
+    for module in {name.rpartition(".")[0] for name in pairs}:
+        alpha = 5 if module == "blocks.0.self_attn.q" else 7 if module.endswith("k_img") else 3
+        rank = 2 if module == "blocks.1.ffn.0" else RANK
+        down, up = (pairs[f"{module}.{end}"].float().flatten(1) for end in ("down", "up"))
+        weight = f"{module}.weight"
+        expected[weight] += (alpha / rank**0.5) * (up @ down).reshape(expected[weight].shape)
+    expected["blocks.0.self_attn.q.bias"] += 5 / RANK**0.5 * bias
+    lora = read_lora(path, CONFIG, abstract_params())
+    assert (lora.file, lora.matched) == (path.name, len(tensors))
+    check(merged((lora, 1.0)), torch_merge((expected, 1.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_values_of_other_dtypes_mean_what_torch_reads_in_them(tmp_path, dtype):
+    pairs, whole = ({name: tensor.to(dtype) for name, tensor in part.items()} for part in make_lora(seed=6))
+    tensors = with_alphas(spell(pairs, whole, "diffusion_model.", ("lora_down", "lora_up")))
+    lora = read_lora(save(tmp_path / "a.safetensors", tensors, {}), CONFIG, abstract_params())
+    whole = {name: tensor.float() for name, tensor in whole.items()}
+    check(merged((lora, 1.0)), torch_merge((torch_delta(pairs, whole), 1.0)))
+
+
+def test_pairs_with_and_without_alpha_in_one_file_merge_as_diffusers_does(tmp_path):
+    """What diffusers computes of such a file: its own scale for who has an alpha, 1 for who has none."""
+    pairs, _ = make_lora(seed=7)
+    pairs = {name: tensor.float() for name, tensor in pairs.items() if name.startswith("blocks.")}
+    tensors = spell(pairs, {}, "diffusion_model.", ("lora_A", "lora_B"))
+    for index, name in enumerate(("blocks.0.self_attn.q", "blocks.1.cross_attn.v_img", "blocks.1.ffn.2")):
+        tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(index + 1)  # whole numbers, as some trainers have them
+    path = save(tmp_path / "a.safetensors", tensors, {})
+    lora = read_lora(path, CONFIG, abstract_params())
+    assert lora.report.endswith("; alpha/rank 0.25 to 0.75 from its keys; pairs without alpha, not scaled: 21")
+    ones = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract_params())
+    ours = to_torch(dit_rules(CONFIG, "hf"), apply_loras(ones, [(lora, 1.0)]))
+    for name, delta in diffusers_delta(path).items():
+        np.testing.assert_allclose(ours[name], delta.numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
 def diffusers_delta(path: pathlib.Path) -> Tensors:
     """What diffusers and PEFT add, by diffusers' names."""
     tensors = load_file(path)
