@@ -12,6 +12,68 @@ BUNDLED = pathlib.Path(config.__file__).parent / "bundled" / "emoji"
 NETWORKS = ("dit", "vae", "text_encoder", "image_encoder")
 
 
+# As their authors published them: Wan2.1-I2V-14B's config.json and code, google/umt5-xxl, OpenCLIP's ViT-H/14, MAGREF's generate.py.
+RELEASED = {
+    "dit": {
+        "dim": 5120,
+        "ffn_dim": 13824,
+        "num_heads": 40,
+        "num_layers": 40,
+        "in_channels": 16 + 4 + 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "text_len": 512,
+        "image_dim": 1280,
+        "freq_dim": 256,
+        "patch_size": (1, 2, 2),
+        "norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    },
+    "vae": {
+        "base_dim": 96,
+        "dim_multipliers": (1, 2, 4, 4),
+        "num_res_blocks": 2,
+        "latent_channels": 16,
+        "temporal_downsample": (False, True, True),
+    },
+    "text_encoder": {
+        "vocab_size": 256384,
+        "dim": 4096,
+        "ffn_dim": 10240,
+        "num_heads": 64,
+        "head_dim": 64,
+        "num_layers": 24,
+        "num_buckets": 32,
+        "max_distance": 128,
+        "norm_eps": 1e-6,
+    },
+    "image_encoder": {
+        "dim": 1280,
+        "ffn_dim": 5120,
+        "num_heads": 16,
+        "num_layers": 32,
+        "image_size": 224,
+        "patch_size": 14,
+        "norm_eps": 1e-5,
+    },
+    "sampling": {
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+        "num_inference_steps": 40,
+        "flow_shift": 3.0,
+        "guidance_scale": 5.0,
+        "solver": "unipc",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_defaults_are_those_of_the_released_model(name):
+    config = getattr(ModelConfig(), name)
+    assert {field: getattr(config, field) for field in RELEASED[name]} == RELEASED[name]
+
+
 def dtypes(config: ModelConfig) -> list[str]:
     return [getattr(config, name).dtype for name in NETWORKS if getattr(config, name) is not None]
 

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,6 +115,39 @@ def test_eight_devices_hold_an_eighth_of_the_released_model_each(spec):
             total += leaf.size
             held += math.prod(sharding.shard_shape(leaf.shape))
     assert held / total < 1.02 / 8
+
+
+def shares(network: str, spec: str) -> dict[str, tuple[int, ...]]:
+    """Into how many shares each dimension of the parameters is cut."""
+    shardings = param_shardings(make_mesh(spec), full_size()[network], PARAM_SPECS[network])
+    flat, places = (flatten_dict(tree, sep="/") for tree in (full_size()[network], shardings))
+    return {
+        path: tuple(map(operator.floordiv, leaf.shape, places[path].shard_shape(leaf.shape)))
+        for path, leaf in flat.items()
+    }
+
+
+@pytest.mark.parametrize("network", ["dit", "text_encoder", "image_encoder"])
+def test_between_two_layers_of_a_block_nothing_is_exchanged(network):
+    # Column-parallel, then row-parallel: arXiv:1909.08053 §3. Over fsdp it is the other dimension.
+    wide = "query", "key", "value", "key_image", "value_image", "up", "gate"
+    for path, (_, of_input, of_output) in (
+        (path, cut) for path, cut in shares(network, "tensor=8").items() if re.fullmatch(r"blocks/.*/kernel", path)
+    ):
+        assert (of_input, of_output) == ((1, 8) if path.split("/")[-2] in wide else (8, 1)), path
+    for path, (_, of_input, of_output) in (
+        (path, cut) for path, cut in shares(network, "fsdp=8").items() if re.fullmatch(r"blocks/.*/kernel", path)
+    ):
+        assert (of_input, of_output) == ((8, 1) if path.split("/")[-2] in wide else (1, 8)), path
+
+
+@pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "fsdp=2,context=4", "tensor=8"])
+def test_an_adapter_is_cut_like_the_kernel_beside_it(spec):
+    kernels, adapters = shares("dit", spec), shares("lora", spec)
+    assert len(adapters) > 20
+    for path, cut in adapters.items():
+        *_, of_input, of_output = kernels[f"{path.rpartition('/')[0]}/kernel"]
+        assert cut[-2:] == ((of_input, 1) if path.endswith("/a") else (1, of_output)), path
 
 
 def test_a_dimension_is_cut_over_as_many_axes_as_divide_it():

@@ -147,6 +147,20 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation: str):
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=2**-7)
 
 
+@pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
+def test_logits_are_float32_for_bfloat16_inputs(implementation: str):
+    # Logits up to 40, where bfloat16 counts in quarters: rounded to it, the weights would be off by an eighth.
+    query, key, value, _ = (
+        jnp.asarray(array, jnp.bfloat16) for array in attention_inputs((2, 9, 3, 8), (2, 20, 3, 8), ())
+    )
+    exact, _ = exact_attention(*(np.asarray(array, np.float32) for array in (query, key, value)), None, 4.0)
+
+    out = dot_product_attention(query, key, value, implementation=implementation, scale=4.0)
+
+    # What is left is the rounding of the weights and of the result.
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=0, atol=2**-7 * np.abs(exact).max())
+
+
 def test_unknown_implementation_is_an_error_that_lists_the_known():
     query, key, value, _ = attention_inputs()
     with pytest.raises(

@@ -1,16 +1,29 @@
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from magref_jax.config import DiTConfig
-from magref_jax.models.attention import AttentionStructure
-from magref_jax.models.dit import Block, DiT, SubjectInjection, encode_context, inject_subjects
+from magref_jax.models import attention
+from magref_jax.models.attention import AttentionStructure, Implementation
+from magref_jax.models.dit import (
+    Block,
+    DiT,
+    SelfAttention,
+    SubjectInjection,
+    VideoTokens,
+    encode_context,
+    inject_subjects,
+)
+from magref_jax.models.layers import rotary_rotations
+from magref_jax.sharding import make_mesh, on_mesh
 
 TINY = DiTConfig(
     dim=24,
@@ -141,6 +154,86 @@ def test_precision_of_a_bfloat16_model():
     assert {dtype for path, dtype in dtypes.items() if path not in float32} == {jnp.dtype(jnp.bfloat16)}
 
 
+def in_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounded, so that a bfloat16 layer passes it on as it is."""
+    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def normalised(x: np.ndarray, eps: float) -> np.ndarray:
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps)
+
+
+def test_a_bfloat16_model_rounds_in_its_matrix_products_alone():
+    # Every layer in bfloat16 returns its bias, which bfloat16 holds, so that all the rest can be followed in float64:
+    # timestep, modulation and gates, the residual stream, the norm and the head.
+    config = dataclasses.replace(TINY, dtype="bfloat16", image_dim=None)
+    flat = traverse_util.flatten_dict(random_params(config), sep="/")
+    for path in flat:
+        if re.search(r"blocks/.*/(out|down)/kernel|patch_embedding/kernel", path):
+            flat[path] = np.zeros_like(flat[path])
+        elif re.search(r"blocks/.*/(out|down)/bias|patch_embedding/bias", path):
+            # The stream starts large: in bfloat16 it would lose most of what the layers add.
+            flat[path] = in_bfloat16(flat[path] * (40 if path.startswith("patch") else 4))
+    latents, _, text, _ = example_inputs(config)
+    timesteps = np.array([[999.0, 3.0, 400.0], [20.0, 700.5, 0.0]], np.float32)
+    params = traverse_util.unflatten_dict(flat, sep="/")
+
+    found = np.asarray(jax.jit(DiT(config).apply)({"params": params}, latents, timesteps, text))
+
+    wide = {path: array.astype(np.float64) for path, array in flat.items()}
+    angles = timesteps[..., None] * 10000.0 ** (-np.arange(8) / 8)
+    time = np.concatenate([np.cos(angles), np.sin(angles)], -1) @ wide["time_in/kernel"] + wide["time_in/bias"]
+    time = silu(time) @ wide["time_out/kernel"] + wide["time_out/bias"]
+    of_blocks = silu(time) @ wide["time_modulation/kernel"] + wide["time_modulation/bias"]
+    x = np.broadcast_to(wide["patch_embedding/bias"], (2, 3, 24))
+    for layer in range(config.num_layers):
+        gates = (wide["blocks/modulation"][layer] + of_blocks.reshape(2, 3, 6, 24))[:, :, [2, 5]]
+        attended, crossed, fed = (
+            wide[f"blocks/{name}/bias"][layer]
+            for name in ("self_attention/out", "cross_attention/out", "feed_forward/down")
+        )
+        x = x + attended * gates[:, :, 0] + crossed + fed * gates[:, :, 1]
+    shift, scale = np.moveaxis(wide["head/modulation"] + time[:, :, None], 2, 0)
+    out = (normalised(x, 1e-6) * (1 + scale) + shift) @ wide["head/out/kernel"] + wide["head/out/bias"]
+    expected = np.tile(out.reshape(2, 3, 1, 2, 1, 2, 3), (1, 1, 2, 1, 3, 1, 1)).reshape(2, 3, 4, 6, 3)
+    assert np.std(expected) > 0.5
+    # float32 rounding of values up to 20; one bfloat16 step of any of them is 1e-3 or more.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("seen", ["query", "key"])
+def test_query_and_key_are_rounded_once_after_norm_and_rotation(seen: str, monkeypatch: pytest.MonkeyPatch):
+    # An attention that returns what it was given, between layers that pass on what they are given.
+    given = {"query": lambda query, key, value, bias, scale: query, "key": lambda query, key, value, bias, scale: key}
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "given", Implementation(given[seen]))
+    config = dataclasses.replace(TINY, dtype="bfloat16", attention="given")
+    rng = np.random.default_rng(4)
+    x = in_bfloat16(rng.standard_normal((1, 60, 24)).astype(np.float32))
+    scales = 1 + 0.3 * rng.standard_normal(24).astype(np.float32)
+    identity = {"kernel": np.eye(24, dtype=np.float32), "bias": np.zeros(24, np.float32)}
+    params = {name: identity for name in ("query", "key", "value", "out")}
+    params |= {f"{name}_norm": {"scale": scales if name == seen else np.ones_like(scales)} for name in ("query", "key")}
+    tokens = VideoTokens(rotary_rotations(range(3), range(4), range(5), 12, 10000.0), 60)
+
+    found = SelfAttention(config).apply({"params": params}, x, tokens, attention.FULL)
+
+    wide = x.astype(np.float64)
+    wide = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-6) * scales
+    # Six pairs of channels a head: two turn with the frame, two with the row, two with the column.
+    positions = np.stack(np.meshgrid(range(3), range(4), range(5), indexing="ij"), -1).reshape(60, 3)
+    angles = np.concatenate([positions[:, [axis]] * np.array([1, 0.01]) for axis in range(3)], -1)
+    pairs = wide.reshape(1, 60, 2, 6, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
+    exact = np.stack([turned.real, turned.imag], -1).reshape(1, 60, 24)
+    # Rounded before the rotation too, a third of them would be other numbers.
+    assert np.mean(np.asarray(found, np.float32) == in_bfloat16(exact.astype(np.float32))) > 0.995
+
+
 def gradient(config: DiTConfig, params: Any) -> Any:
     def loss(params: Any) -> jax.Array:
         return jnp.mean(jnp.square(DiT(config).apply({"params": params}, *example_inputs(config))))
@@ -195,6 +288,9 @@ def test_injection_adds_the_mean_text_value_of_each_subject_in_its_region():
     expected[:, 4] += 0.5 * ((value[:, 0] + value[:, 1]) / 2 + value[:, 2])
 
     np.testing.assert_allclose(inject_subjects(jnp.asarray(x), value, two_subjects(), 0.5), expected, rtol=0, atol=1e-6)
+    with on_mesh(make_mesh("data=2,context=2", jax.devices()[:4])):  # tokens are cut: another way to the same sum
+        found = jax.jit(inject_subjects)(x, value, two_subjects(), 0.5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_injection_changes_the_first_block_inside_the_regions_of_frame_0_only(params: Any):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magref_jax.models import layers
-from magref_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
+from magref_jax.models.layers import LORA, LayerNorm, Linear, RMSNorm, rotary_rotations, rotate, timestep_embedding
 
 
 def test_timestep_embedding_equals_float64_to_1e_6():
@@ -103,6 +103,15 @@ def test_linear_and_its_derivatives_equal_float64(dtype: str, tolerance: float):
         actual,
         expected,
     )
+
+
+def test_an_adapter_adds_its_product_once():
+    rng = np.random.default_rng(6)
+    shapes = {"x": (2, 5, 24), "kernel": (24, 16), "bias": (16,), "a": (24, 3), "b": (3, 16)}
+    x, kernel, bias, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes.values())
+    variables = {"params": {"kernel": kernel, "bias": bias}, LORA: {"a": a, "b": b}}
+    exact = x.astype(np.float64) @ (kernel + np.float64(a) @ b) + bias
+    np.testing.assert_allclose(Linear(16, "float32").apply(variables, x), exact, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("gradients", [layers._parameter_gradients, layers._parameter_gradients_on_cpu])

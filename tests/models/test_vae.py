@@ -6,8 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from magref_jax.config import VAEConfig
 from magref_jax.convert.rules import torch_shapes
@@ -202,11 +204,53 @@ def test_channel_norm():
     scale = {"params": {"scale": jnp.array([1.0, -2.0])}}
     y = norm.apply(scale, jnp.array([3.0, 4.0]).reshape(1, 1, 1, 1, 2))
     np.testing.assert_allclose(y.ravel(), math.sqrt(2) * np.array([0.6, -1.6]), rtol=1e-6)
+    # Without an epsilon: however dark a place is, its norm is 1, down to 1e-12.
+    for size in (1e3, 1e-3, 1e-6, 1e-11, 1e-13):
+        y = norm.apply(scale, jnp.array([3.0, 4.0]).reshape(1, 1, 1, 1, 2) * size)
+        expected = math.sqrt(2) * np.array([3, -8]) * size / max(5 * size, 1e-12)
+        np.testing.assert_allclose(y.ravel(), expected, rtol=1e-5)
 
     zeros = jnp.zeros((1, 1, 1, 1, 2))
     np.testing.assert_array_equal(norm.apply(scale, zeros), zeros)
     for gradient in jax.tree.leaves(jax.grad(lambda *args: norm.apply(*args).sum(), argnums=(0, 1))(scale, zeros)):
         assert np.isfinite(gradient).all()
+
+
+def test_attention_of_a_bfloat16_network_is_float32_inside():
+    # Ones with signs, which the norm leaves as they are, and weights that bfloat16 holds: logits up to 60, where bfloat16
+    # counts in quarters.
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    rng = np.random.default_rng(3)
+    x = rng.choice([-1.0, 1.0], (1, 1, 4, 5, 8))
+    kernel = rounded(rng.standard_normal((8, 24)) * np.repeat([1.7, 1.7, 1], 8))
+    params = {
+        "norm": {"scale": np.ones(8, np.float32)},
+        "qkv": {"kernel": kernel.astype(np.float32)[None, None], "bias": np.zeros(24, np.float32)},
+        "out": {"kernel": np.eye(8, dtype=np.float32)[None, None], "bias": np.zeros(8, np.float32)},
+    }
+
+    found = vae.SpatialAttention().apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
+
+    query, key, value = np.split(rounded(x.reshape(20, 8) @ kernel), 3, axis=-1)
+    logits = query @ key.T / math.sqrt(8)
+    assert np.abs(logits).max() > 32
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = x + (weights / weights.sum(-1, keepdims=True) @ value).reshape(x.shape)
+    # What is left are the roundings of the result and of its sum with x, values up to 8.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=2**-5)
+
+
+def test_log_variances_are_clipped_where_those_of_wan_are():
+    extremes = np.array([-40, -29, -12, -5, 3, 19, 21, 100, *[0] * 8], np.float32)
+    network = traverse_util.flatten_dict(params(SMALL), sep="/")
+    network["quant/kernel"] = np.zeros_like(network["quant/kernel"])
+    network["quant/bias"] = np.concatenate([extremes, extremes])
+    network = traverse_util.unflatten_dict(network, sep="/")
+    mean, log_variance, _ = vae.VAE(SMALL).apply({"params": network}, random_frames(1, 1), method="encode")
+    np.testing.assert_array_equal(mean[0, 0, 0, 0], extremes)
+    np.testing.assert_array_equal(log_variance[0, 0, 0, 0, :8], [-30, -29, -12, -5, 3, 19, 20, 20])
 
 
 def test_normalised_latents_have_the_published_statistics():

@@ -1,5 +1,7 @@
 """CLIP's vision tower against transformers and its resize against torch, through the names of the original checkpoint."""
 
+import copy
+import dataclasses
 import re
 
 import jax
@@ -14,6 +16,7 @@ from magref_jax.config import ImageEncoderConfig
 from magref_jax.convert.image_encoder import image_encoder_rules, image_encoder_unused
 from magref_jax.convert.rules import convert, to_torch, torch_shapes
 from magref_jax.models.image_encoder import ImageEncoder, preprocess
+from tests.parity.rounding import rounding_ratio
 from tests.parity.torch_random import random_tensors
 
 pytestmark = pytest.mark.parity
@@ -95,7 +98,8 @@ def abstract_params():
     return jax.eval_shape(ImageEncoder(CONFIG).init, jax.random.key(0), pixels)["params"]
 
 
-def test_equals_transformers_before_the_last_block(abstract_params, tensors, close):
+@pytest.fixture(scope="module")
+def reference(tensors):
     torch.set_num_threads(1)
     model = CLIPVisionModel(
         CLIPVisionConfig(
@@ -112,19 +116,37 @@ def test_equals_transformers_before_the_last_block(abstract_params, tensors, clo
     # Some releases of transformers prefix every name.
     prefix = "vision_model." if next(iter(model.state_dict())).startswith("vision_model.") else ""
     model.load_state_dict({prefix + name: tensor for name, tensor in hf_state(tensors).items()}, strict=True)
-    model = model.double()  # so that the difference is our own rounding
+    return model.double()  # so that the difference is our own rounding
 
+
+def hidden_state(model, pixels):
+    channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(model.dtype)
+    with torch.no_grad():
+        return model(channels_first, output_hidden_states=True).hidden_states[-2].double().numpy()
+
+
+def test_equals_transformers_before_the_last_block(abstract_params, tensors, reference, close):
     pixels = np.random.default_rng(1).standard_normal((2, CONFIG.image_size, CONFIG.image_size, 3), dtype=np.float32)
     checkpoint = tensors | {"textual.token_embedding.weight": np.zeros((7, 3)), "log_scale": np.zeros(())}
     params = convert(image_encoder_rules(CONFIG), checkpoint, abstract_params)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(ImageEncoder(CONFIG).apply)({"params": params}, pixels))
-    with torch.no_grad():
-        channels_first = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float64))
-        theirs = model(channels_first, output_hidden_states=True).hidden_states[-2].numpy()
+    theirs = hidden_state(reference, pixels)
     assert np.std(theirs) > 0.5
     # Float32 rounding over 3 layers of values of size 1 to 10.
     close("CLIP vision tower", ours, theirs, 2e-5)
+
+
+def test_bfloat16_is_closer_to_float32_than_that_of_transformers(abstract_params, tensors, reference):
+    pixels = np.random.default_rng(2).standard_normal((8, CONFIG.image_size, CONFIG.image_size, 3), dtype=np.float32)
+    params = convert(image_encoder_rules(CONFIG), tensors, abstract_params)
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    ours = np.asarray(jax.jit(ImageEncoder(half).apply)({"params": params}, pixels), np.float64)
+    # Measured 0.76: transformers adds up its layers in bfloat16.
+    ratio = rounding_ratio(
+        [(ours, hidden_state(copy.deepcopy(reference).bfloat16(), pixels), hidden_state(reference, pixels))]
+    )
+    assert ratio < 0.85, ratio
 
 
 def test_table_names_the_original_tensors(abstract_params):

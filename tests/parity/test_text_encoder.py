@@ -1,5 +1,7 @@
 """umT5 against transformers, through the names of the original Wan checkpoint."""
 
+import copy
+import dataclasses
 import re
 
 import jax
@@ -13,6 +15,7 @@ from magref_jax.config import TextEncoderConfig
 from magref_jax.convert.rules import convert, to_torch, torch_shapes
 from magref_jax.convert.text_encoder import text_encoder_rules
 from magref_jax.models.text_encoder import TextEncoder
+from tests.parity.rounding import rounding_ratio
 from tests.parity.torch_random import random_tensors
 
 pytestmark = pytest.mark.parity
@@ -90,6 +93,21 @@ def test_equals_transformers_on_real_tokens(abstract_params, tensors, reference,
     assert np.std(theirs[real]) > 0.5
     # Float32 rounding over 3 layers of unscaled attention, in values of size 1 to 5.
     close("umT5 encoder", ours[real], theirs[real], 2e-5)
+
+
+def test_bfloat16_is_closer_to_float32_than_that_of_transformers(abstract_params, tensors, reference):
+    rng = np.random.default_rng(2)
+    run = jax.jit(TextEncoder(dataclasses.replace(CONFIG, dtype="bfloat16")).apply)
+    params = convert(text_encoder_rules(CONFIG), tensors, abstract_params)
+    token_ids = rng.integers(2, CONFIG.vocab_size, (4, LENGTH), dtype=np.int32)
+    ours = np.asarray(run({"params": params}, token_ids, np.ones_like(token_ids)))
+    exact, theirs = (
+        model(torch.from_numpy(token_ids).long()).last_hidden_state.detach().double().numpy()
+        for model in (reference, copy.deepcopy(reference).bfloat16())
+    )
+    # Measured 0.76: transformers adds up its layers in bfloat16.
+    ratio = rounding_ratio([(ours, theirs, exact)])
+    assert ratio < 0.85, ratio
 
 
 def test_table_renames_as_this_file(abstract_params, tensors):

@@ -260,6 +260,28 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == [".3.newer", ".git", "2", "notes"]
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    # A power loss cannot be had in a test: what the system is asked for, in order, can.
+    asked = []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        asked.append((status.st_ino, status.st_size))
+        flush(descriptor)
+
+    def rename(source: pathlib.Path, target: pathlib.Path) -> None:
+        asked.append(pathlib.Path(target).name)
+        move(source, target)
+
+    flush, move = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save_all(tmp_path, 4)
+    files = [path.stat() for path in (tmp_path / "4").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert {(file.st_ino, file.st_size) for file in files} <= set(asked[: asked.index("4")])
+
+
 def test_an_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     seen = []
 

@@ -51,14 +51,22 @@ def drop(stage: ObjectiveConfig) -> tuple:
     return batch, null, dropped, text, references
 
 
-def test_dropout_is_per_sample_and_at_the_asked_rates():
-    stage = ObjectiveConfig(text_dropout=0.2, reference_dropout=0.3, blank_dropout=0, injection_dropout=0.4)
+@pytest.mark.parametrize("rates", [(0.2, 0.3, 0.4), (0.8, 0.3, 0.4)])
+def test_dropout_is_per_sample_and_at_the_asked_rates(rates):
+    text_rate, reference_rate, injection_rate = rates
+    stage = ObjectiveConfig(
+        text_dropout=text_rate,
+        reference_dropout=reference_rate,
+        blank_dropout=0,
+        injection_dropout=injection_rate,
+    )
     batch, null, dropped, text, references = drop(stage)
     injection = np.all(dropped.subject_tokens == 0, axis=(1, 2))
     # Three standard deviations of a share of 512 at p <= 0.5 are 0.066.
-    np.testing.assert_allclose([text.mean(), references.mean()], [0.2, 0.3], atol=0.066)
-    np.testing.assert_allclose(injection.mean(), 1 - 0.8 * 0.6, atol=0.066)
-    np.testing.assert_allclose(np.mean(text & references), 0.2 * 0.3, atol=0.04)
+    np.testing.assert_allclose([text.mean(), references.mean()], [text_rate, reference_rate], atol=0.066)
+    np.testing.assert_allclose(injection.mean(), 1 - (1 - text_rate) * (1 - injection_rate), atol=0.066)
+    # Each is drawn for itself.
+    np.testing.assert_allclose(np.mean(text & references), text_rate * reference_rate, atol=0.066)
     np.testing.assert_array_equal(
         dropped.reference_latents[references],
         np.broadcast_to(null.reference_latents[np.array([0, 3])], (references.sum(), 2, 4, 4, 16)),

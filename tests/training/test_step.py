@@ -58,17 +58,25 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts):
     np.testing.assert_allclose(split_metrics["loss"], whole_metrics["loss"], rtol=1e-6)
 
 
-def test_a_step_without_finite_gradients_changes_nothing_but_its_count():
+def loss_with_a_root(params, frozen, batch, keys) -> steps.Sums:
+    """Adds √(root · ‖w‖²): with root = 0 the loss is finite and its gradient is not."""
+    total, count = linear_loss(params, frozen, batch, keys)["loss"]
+    roots = jnp.sqrt(batch["root"] * jnp.sum(jnp.square(params["layer"]["kernel"])))
+    return {"loss": (total + jnp.sum(roots), count)}
+
+
+@pytest.mark.parametrize(("name", "value"), [("y", np.nan), ("root", 0)])
+def test_a_step_without_finite_gradients_changes_nothing_but_its_count(name, value):
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0)
     state, optimizer = linear_state(config)
-    step = jax.jit(functools.partial(steps.train_step, linear_loss, optimizer, 0.9, 1))
-    batch = linear_batch()
+    step = jax.jit(functools.partial(steps.train_step, loss_with_a_root, optimizer, 0.9, 1))
+    batch = linear_batch() | {"root": np.ones(8, np.float32)}
     state, _ = step(state, {"scale": 1.0}, batch)
-    bad = batch | {"y": np.full(8, np.nan, np.float32)}
-    skipped, metrics = step(state, {"scale": 1.0}, bad)
+    skipped, metrics = step(state, {"scale": 1.0}, batch | {name: np.full(8, value, np.float32)})
+    assert np.isfinite(metrics["loss"]) == (name == "root")
     assert (int(skipped.step), int(skipped.skipped), int(metrics["skipped"])) == (2, 1, 1)
-    for name in ("params", "ema", "optimizer_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(skipped, name), getattr(state, name))
+    for part in ("params", "ema", "optimizer_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(skipped, part), getattr(state, part))
     after, _ = step(skipped, {"scale": 1.0}, batch)
     assert (int(after.step), int(after.skipped)) == (3, 1)
     assert not np.array_equal(after.params["layer"]["kernel"], state.params["layer"]["kernel"])
@@ -107,6 +115,14 @@ def test_without_an_average_none_is_held():
 
 
 def test_parameters_are_trained_in_float32_whatever_they_were():
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0))
     state = steps.init_state({"kernel": jnp.ones(2, jnp.bfloat16)}, optimizer, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {jnp.dtype("float32")}
+    for _ in range(5):  # each of which bfloat16 would round away: its neighbours of 1 are 0.004 off
+        state = steps.apply_gradients(state, {"kernel": jnp.ones(2)}, optimizer, 0.5)
+    np.testing.assert_allclose(state.params["kernel"], 1 - 5e-4, rtol=0, atol=1e-6)
+    average = 1.0
+    for step in range(1, 6):
+        decay = (1 + step) / (10 + step)
+        average = decay * average + (1 - decay) * (1 - step * 1e-4)
+    np.testing.assert_allclose(state.ema["kernel"], average, rtol=0, atol=1e-6)
