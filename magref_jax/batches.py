@@ -114,18 +114,23 @@ def check_tokens(config: ModelConfig, tokenizer: Any, checked: Sequence[Checked]
     limit = config.dit.text_len
     prompts = {entry.entry.prompt for entry in checked} | {entry.sampling.negative_prompt for entry in checked}
     ordered = sorted(prompts)
-    cleaned = [clean_prompt(prompt) for prompt in ordered]
-    encodings = tokenizer(cleaned, truncation=True, max_length=limit, return_offsets_mapping=True) if cleaned else {}
+    texts = [clean_prompt(prompt) for prompt in ordered]
+    encodings = tokenizer(texts, truncation=True, max_length=limit, return_offsets_mapping=True) if texts else {}
     lengths = {prompt: len(ids) for prompt, ids in zip(ordered, encodings.get("input_ids", ()), strict=True)}
     offsets = dict(zip(ordered, encodings.get("offset_mapping", ()), strict=True))
     for case in checked:
-        prompt, where = case.entry.prompt, case.entry.where
-        if lengths[prompt] < limit:
-            continue
-        checks.notes.append(f"{where}: the model reads {limit} tokens; what the prompt says after them is not seen.")
-        for subject in case.subjects:
-            if subject is not None:
-                checks.attempt(where, align_subject, clean_prompt(prompt), subject, offsets[prompt])
+        where = case.entry.where
+        for name, prompt in (("prompt", case.entry.prompt), ("negative prompt", case.sampling.negative_prompt)):
+            cleaned, read = clean_prompt(prompt), max((stop for _, stop in offsets[prompt]), default=0)
+            if lengths[prompt] < limit or not (unseen := cleaned[read:].strip()):
+                continue
+            checks.notes.append(
+                f"{where}: the model reads {limit} tokens of the {name}; not seen are its last {len(unseen)} characters, "
+                f"from {unseen[:40]!r} on."
+            )
+            for subject in case.subjects if name == "prompt" else ():
+                if subject is not None:
+                    checks.attempt(where, align_subject, cleaned, subject, offsets[prompt])
     return pipeline.count_text_tokens(config, lengths.values())
 
 

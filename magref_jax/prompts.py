@@ -1,22 +1,24 @@
 """What people write to ask for videos: references on a command line and prompt files, read and checked.
 
-A prompt file is one of four formats, by its suffix:
+A prompt file is UTF-8 of one of four formats, by its suffix:
 
     .txt     key@@prompt@@image@@image..., as in the official repository; lines that begin with # are skipped
     .json    {id: {"prompt": ..., "img_paths": [...], "class_label": [...]}} as in OpenS2V-Eval, or a list of objects
     .jsonl   an object per line
-    .csv     a header, and a row per video
+    .csv     a header, and a row per video; commas, semicolons or tabs between the cells (.tsv: the same)
 
 Objects and rows have the fields of `FIELDS`. A reference is "FILE", "FILE:WORDS" with the words of the prompt that name
 it, or {"image": ..., "words": ..., "role": ...}. Files are looked for beside the prompt file, then in the working
-directory.
+directory. A null or NaN is as good as no field or reference; in a table so are an empty cell, nan, None and the like.
 """
 
 import csv
 import dataclasses
+import difflib
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -27,9 +29,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from magref_jax import images
+from magref_jax.command import check_local, sentence
 from magref_jax.conditioning.canvas import PLACEMENTS, Role, fitted_size, layout_cells
 from magref_jax.conditioning.subjects import Subject, clean_prompt, find_words, occurrences
 from magref_jax.config import Layout, SamplingConfig
+from magref_jax.files import read_text
 
 MAX_KEY = 120  # bytes of a file name, which may have 255
 MAX_BYTES = 64 * 2**20  # of a prompt file; 10,000 long prompts are 20 MB
@@ -75,6 +79,15 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|run$", re.
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
+# Letters and marks that nobody sees: fillers of syllables, and what chooses between shapes of the character before.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
+
+# What programs write into the cells of a table that have no value.
+_NO_VALUE = frozenset(("nan", "none", "null", "<na>", "nat", "n/a", "#n/a"))
+
+# "(cat:1.3)" and "<lora:name:0.8>", which other programs take for orders.
+_WEIGHT = re.compile(r"\([^()]*[^\W\d_]\s*:\s*(?:[0-9]*\.[0-9]+|[0-9])\s*\)|<lora:[^<>]*>")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -110,18 +123,22 @@ class Checked:
 
 
 class Checks:
-    """Collects what is wrong, so that one hears of all of it at once; `notes` are what one may want to know."""
+    """Collects what is wrong, so that one hears of all of it at once; `notes` are what one may want to know.
+
+    `unfinished` are the entries with problems, of which the other fields are still checked.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.unfinished: list[Entry] = []
 
     def attempt(self, where: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The function's result; if it refuses its arguments, None and one more problem."""
         try:
             return function(*args, **kwargs)
         except (ValueError, OSError) as error:
-            self.problems.append(f"{where}: {error}")
+            self.problems.append(f"{where}: {sentence(error)}")
             return None
 
     def show_notes(self, limit: int = 10) -> None:
@@ -151,17 +168,36 @@ def _shown(value: Any) -> str:
 
 
 def safe_key(text: str) -> str:
-    """A file name without folders, of the letters, marks, digits, '_', '-' and '.' of the text; it may be empty."""
+    """A file name without folders, of the letters, marks, digits, '_', '-' and '.' of the text; it may be empty.
+
+    It begins with a letter or digit, so that it is seen and is no option of a program; with '_' before a reserved name.
+    """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)  # as macOS would, where both spellings of é are one file
-        # Marks are parts of letters, in Hindi of most words, but no letters to a regular expression.
-        text = "".join(c if c.isalnum() or c in "_-." or unicodedata.category(c)[0] == "M" else "\0" for c in text)
-        key = re.sub("\0+", "_", text)
+        # Composed, as macOS would, where both spellings of é are one file; once more, as removals bring marks to letters.
+        seen = "".join(_seen(_UNSEEN.sub("", unicodedata.normalize("NFC", text))))
+        key = re.sub("\0+", "_", unicodedata.normalize("NFC", seen))
     else:
         key = re.sub(r"[^\w.-]+", "_", text)
-    key = key.strip("._")
+    key = key.lstrip("._-").rstrip("._")
     key = f"_{key}" if _RESERVED.match(key) else key
     return key.encode()[:MAX_KEY].decode(errors="ignore").rstrip("._")
+
+
+def _seen(text: str) -> Iterator[str]:
+    """The characters that may be in a file name; NUL for others, and nothing for what has no shape of its own."""
+    bears_marks = False
+    for c in text:
+        if c.isalnum():
+            bears_marks = True
+            yield c
+            continue
+        kind = unicodedata.category(c)
+        if kind in ("Mn", "Mc"):  # parts of letters, in Hindi of most words, but no letters to a regular expression
+            if bears_marks:
+                yield c
+        elif kind != "Cf":  # which joins characters, or turns the direction of reading
+            bears_marks = False
+            yield c if c in "_-." else "\0"
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -203,7 +239,10 @@ def _prompt(value: Any) -> str:
 
 
 def _whole(value: Any, lowest: int, highest: int) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
+    # 7.0 is what a table says of 7 where a cell of the column is empty. Larger floats may not be what was written.
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,20})(?:\.0*)?\s*", value)):
+        value = int(match[1])
+    elif isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     if type(value) is not int or not lowest <= value <= highest:
         raise ValueError(f"must be a whole number from {lowest} to {highest}.")
@@ -246,17 +285,32 @@ def files_beside(folder: pathlib.Path) -> Find:
 
     @functools.cache
     def find(name: str) -> pathlib.Path | None:
-        paths = [os.path.join(place, name) for place in places] if name else []
+        paths = (os.path.join(place, spelled) for spelled in _spellings(name) for place in places)
         return next((pathlib.Path(path) for path in paths if os.path.exists(path)), None)
 
     return find
 
 
+def _spellings(name: str) -> Iterator[str]:
+    """A name as it is written, then what else a file system may call the file."""
+    if not name:
+        return
+    yield name
+    if not name.isascii():  # é may be one character or two; macOS writes two
+        yield unicodedata.normalize("NFC", name)
+        yield unicodedata.normalize("NFD", name)
+    if name.startswith("~"):  # which shells expand, but not in a file
+        yield os.path.expanduser(name)
+    if "\\" in name:  # written on Windows
+        yield name.replace("\\", "/")
+
+
 def read_fields(where: str, given: Mapping[str, Any], find: Find, checks: Checks) -> Entry | None:
     """The video that the fields of one object, row or command line ask for; None if one of them is wrong.
 
-    None is as good as absent. Without a key, the prompt names the files. References may be a list, or one string:
-    "a.png;b.png" or "a.png,b.png"; so may subjects and roles.
+    None and NaN are as good as absent. Without a key, the prompt names the files. References may be a list, or one
+    string: "a.png;b.png" or "a.png,b.png"; so may subjects and roles. What is right in a wrong one goes to
+    `checks.unfinished`.
     """
     before = len(checks.problems)
     fields = _by_name(where, given, checks)
@@ -269,12 +323,17 @@ def read_fields(where: str, given: Mapping[str, Any], find: Find, checks: Checks
     references = _read_references(where, fields, prompt, find, checks)
     if size is not None and ("height" in values or "width" in values):
         checks.problems.append(f"{where}: has a size, and also height or width; give one of the two.")
-    if len(checks.problems) > before or prompt is None:
-        return None
-    overrides = {name: values[field] for field, name in _OVERRIDES.items() if field in values}
+    overrides = {name: values[field] for field, name in _OVERRIDES.items() if values.get(field) is not None}
     if size is not None:
         overrides["width"], overrides["height"] = size
-    return Entry(where, values.get("key") or safe_key(prompt) or "video", prompt, references, overrides)
+    named_by_prompt = prompt is not None and "key" not in fields
+    key: str = values.get("key") or ((safe_key(prompt) or "video") if named_by_prompt else "")
+    if len(checks.problems) > before or prompt is None:
+        if prompt is None:  # in which no words can be looked for
+            references = tuple(dataclasses.replace(reference, words=None) for reference in references)
+        checks.unfinished.append(Entry(where, key, prompt or "", references, overrides))
+        return None
+    return Entry(where, key, prompt, references, overrides)
 
 
 _OVERRIDES = {
@@ -291,10 +350,12 @@ def _by_name(where: str, given: Mapping[str, Any], checks: Checks) -> dict[str, 
     fields: dict[str, tuple[str, Any]] = {}
     for spelled, value in given.items():
         name = _SPELLED.get(spelled)
-        if value is None or spelled in UNUSED:
+        if _is_nothing(value) or spelled in UNUSED:
             continue
         if name is None:
-            checks.problems.append(f"{where}: the field {_shown(spelled)} is unknown; there are {', '.join(FIELDS)}.")
+            near = difflib.get_close_matches(spelled[:80], _SPELLED, 1, 0.75)
+            there_are = f"did you mean {near[0]}? There are" if near else "there are"
+            checks.problems.append(f"{where}: the field {_shown(spelled)} is unknown; {there_are} {', '.join(FIELDS)}.")
         elif name in fields:
             checks.problems.append(f"{where}: {spelled} and {fields[name][0]} are one field; give one of the two.")
         else:
@@ -302,45 +363,57 @@ def _by_name(where: str, given: Mapping[str, Any], checks: Checks) -> dict[str, 
     return fields
 
 
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _read_references(
     where: str, fields: Mapping[str, tuple[str, Any]], prompt: str | None, find: Find, checks: Checks
 ) -> tuple[Reference, ...]:
     spelled, given = fields.get("references", ("references", []))
-    before = len(checks.problems)
-    items = checks.attempt(where, _reference_list, spelled, given, find) or []
-    references = [checks.attempt(where, read_reference, item, find) for item in items]
-    if len(checks.problems) > before:
+    items = checks.attempt(where, _reference_list, spelled, given, find)
+    if items is None:  # how many there should be is not known
         return ()
-    found = [reference for reference in references if reference is not None]
+    found = [None if _is_blank(item, find) else checks.attempt(where, read_reference, item, find) for item in items]
+    there = [index for index, item in enumerate(items) if not _is_blank(item, find)]
     merges: dict[str, Callable[[Reference, str], Reference]] = {"subjects": _with_words, "roles": _with_role}
     for name, merge in merges.items():
         spelled, given = fields.get(name, (name, None))
-        items = None if given is None else checks.attempt(where, _one_each, spelled, given, len(found))
-        if items is not None:
-            merged = [checks.attempt(where, merge, *pair) for pair in zip(found, items, strict=True)]
-            found = [new or old for new, old in zip(merged, found, strict=True)]
+        texts = None if given is None else checks.attempt(where, _one_each, spelled, given, len(items), there)
+        for index, text in zip(there, texts or (), strict=False):
+            if (reference := found[index]) is not None:
+                found[index] = checks.attempt(where, merge, reference, text) or reference
     if "class_label" in fields and prompt is not None:
-        labels = checks.attempt(where, _texts, *fields["class_label"], len(found))
-        found = [] if labels is None else _with_labels(where, prompt, found, labels, checks)
-    return tuple(found)
+        labels = checks.attempt(where, _texts, *fields["class_label"], len(there))
+        if labels is not None:
+            _give_labels(where, prompt, found, there, labels, checks)
+    return tuple(reference for reference in found if reference is not None)
+
+
+def _is_blank(item: Any, find: Find) -> bool:
+    """Whether an item of a list says that there is none."""
+    if not isinstance(item, str):
+        return _is_nothing(item)
+    return not item.strip() or (item.strip().casefold() in _NO_VALUE and find(item.strip()) is None)
 
 
 def _reference_list(spelled: str, given: Any, find: Find) -> list[Any]:
     if isinstance(given, Mapping):
         return [given]
     if isinstance(given, list | tuple):
-        return [item for item in given if item != ""]
+        return list(given)
     if not isinstance(given, str):
         raise ValueError(f"{spelled}={_shown(given)} must be a file, or a list of files.")
     # The separators may also stand in the name of a file, or in words.
     whole = given.strip()
     if find(whole) is None:
         for separator in ";,":
-            parts = [part.strip() for part in whole.split(separator) if part.strip()]
-            if len(parts) > 1 and all(_find_reference(part, find) is not None for part in parts):
+            parts = [part.strip() for part in whole.split(separator)]
+            said = [part for part in parts if not _is_blank(part, find)]
+            if len(parts) > 1 and said and all(_find_reference(part, find) is not None for part in said):
                 return parts
         if _find_reference(whole, find) is None:
-            return [part.strip() for part in _split(whole) if part.strip()]
+            return [part.strip() for part in _split(whole)]
     return [whole]
 
 
@@ -360,11 +433,14 @@ def _texts(spelled: str, given: Any, count: int) -> list[str]:
         raise ValueError(f"{spelled}={_shown(given)}: each of them {error}") from None
 
 
-def _one_each(spelled: str, given: Any, count: int) -> list[str]:
-    texts = _texts(spelled, given, count)
-    if len(texts) != count:
-        raise ValueError(f"{spelled}={_shown(given)} has {len(texts)} for {count} references; give one each, or ''.")
-    return texts
+def _one_each(spelled: str, given: Any, count: int, there: Sequence[int]) -> list[str]:
+    """A text for each reference that is there, of `count` that could be; blank ones may have a text too, or have none."""
+    texts = _texts(spelled, given, len(there))
+    if len(texts) == len(there):
+        return texts
+    if len(texts) == count:
+        return [texts[index] for index in there]
+    raise ValueError(f"{spelled}={_shown(given)} has {len(texts)} for {len(there)} references; give one each, or ''.")
 
 
 def _with_words(reference: Reference, words: str) -> Reference:
@@ -379,20 +455,27 @@ def _with_role(reference: Reference, role: str) -> Reference:
     return dataclasses.replace(reference, role=role or reference.role)
 
 
-def _with_labels(
-    where: str, prompt: str, references: Sequence[Reference], labels: Sequence[str], checks: Checks
-) -> list[Reference]:
+def _give_labels(
+    where: str,
+    prompt: str,
+    found: list[Reference | None],
+    there: Sequence[int],
+    labels: Sequence[str],
+    checks: Checks,
+) -> None:
     """The labels of a benchmark pair with its images, but the prompt may have other words: "mug" for the label "Cup"."""
-    named = list(references)
-    if len(labels) != len(named):
-        checks.notes.append(f"{where}: has {len(labels)} class labels for {len(named)} references.")
-    for index, (reference, label) in enumerate(zip(named, labels, strict=False)):
-        if reference.words is None and label:
+    if len(labels) != len(there):
+        if len(labels) == len(found):
+            labels = [labels[index] for index in there]
+        else:
+            checks.notes.append(f"{where}: has {len(labels)} class labels for {len(there)} references.")
+    for index, label in zip(there, labels, strict=False):
+        reference = found[index]
+        if reference is not None and reference.words is None and label:
             if any(occurrences(clean_prompt(prompt), label)):
-                named[index] = dataclasses.replace(reference, words=label)
+                found[index] = dataclasses.replace(reference, words=label)
             else:
                 checks.notes.append(f"{where}: the class label {_shown(label)} is not in the prompt and names nothing.")
-    return named
 
 
 def read_reference(item: Any, find: Find) -> Reference:
@@ -401,7 +484,8 @@ def read_reference(item: Any, find: Find) -> Reference:
     The file may have colons of its own, and the longest name that exists wins.
 
     Raises:
-        ValueError: there is no such file, nothing after the colon, an unknown role, or something of another type.
+        ValueError: there is no such file, or it is in a bucket or on the web; nothing after the colon, an unknown role, or
+            something of another type.
     """
     if isinstance(item, Mapping):
         unknown = [name for name in item if name not in ("image", "words", "role")]
@@ -409,15 +493,21 @@ def read_reference(item: Any, find: Find) -> Reference:
             raise ValueError(f"the reference {_shown(item)} must have an image, and may have words and a role.")
         path = find(item["image"].strip())
         if path is None:
-            raise ValueError(f"there is no image file {_shown(item['image'])}.")
+            raise _no_file(item["image"])
         words, role = _texts("words and role", [item.get("words"), item.get("role")], 2)
         return _with_role(_with_words(Reference(path), words), role)
     if not isinstance(item, str):
         raise ValueError(f"the reference {_shown(item)} must be a file, or an object with image, words and role.")
     reference = _find_reference(item.strip(), find)
     if reference is None:
-        raise ValueError(f"there is no image file {_shown(item)}.")
+        raise _no_file(item)
     return dataclasses.replace(reference, words=None if reference.words is None else _text(reference.words))
+
+
+def _no_file(text: str) -> ValueError:
+    if text.isprintable():
+        check_local("the reference", text.strip()[:200])
+    return ValueError(f"there is no image file {_shown(text)}.")
 
 
 def _find_reference(text: str, find: Find) -> Reference | None:
@@ -449,14 +539,11 @@ def _read_file(path: pathlib.Path, entries: list[Entry], checks: Checks) -> None
     if read is None:
         raise ValueError(f"the suffix {path.suffix!r} is unknown; a prompt file is one of {', '.join(FORMATS)}.")
     images.regular_file(path, MAX_BYTES, "prompt file")
-    content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("is UTF-16; save it as UTF-8.")
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len(re.findall(rb"\r\n|\r|\n", content[: error.start])) + 1
-        raise ValueError(f"line {line} is not UTF-8: it has the byte {content[error.start]:#04x}.") from None
+        text = read_text(path)
+    except ValueError as error:  # which names the file and the line
+        checks.problems.append(str(error))
+        return
     find = files_beside(path.parent)
     for where, fields in read(path, text, checks):
         entry = read_fields(where, fields, find, checks)
@@ -487,17 +574,22 @@ def _txt_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
 
 def _jsonl_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
     for where, line in _lines(path, text):
-        value = checks.attempt(where, _parse_json, line)
-        if isinstance(value, dict):
-            yield where, value
-        elif value is not None:
-            checks.problems.append(f"{where}: must be an object, it is {_shown(value)}.")
+        for value in _json_values(where, line, checks):
+            if isinstance(value, dict):
+                yield where, value
+            else:
+                checks.problems.append(f"{where}: must be an object, it is {_shown(value)}.")
 
 
 def _json_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
-    top = _parse_json(text)
-    if not isinstance(top, dict | list):
-        raise ValueError(f"must be objects by key, or a list of objects; it is {_shown(top)}.")
+    for top in _json_values(str(path), text, checks):
+        if isinstance(top, dict | list):
+            yield from _entries_of(path, top, checks)
+        else:
+            checks.problems.append(f"{path}: must be objects by key, or a list of objects; it is {_shown(top)}.")
+
+
+def _entries_of(path: pathlib.Path, top: dict[str, Any] | list[Any], checks: Checks) -> Iterator[Row]:
     rows: Iterable[tuple[Any, Any]] = top.items() if isinstance(top, dict) else enumerate(top, start=1)
     for key, fields in rows:
         where = f"{path} entry {_shown(key)}"
@@ -511,23 +603,46 @@ def _json_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
             yield where, {"key": key, **fields}
 
 
-def _parse_json(text: str) -> Any:
+def _json_values(where: str, text: str, checks: Checks) -> list[Any]:
+    """The value of a JSON text; none if it is not JSON."""
+    twice: list[str] = []
+    values: list[Any] = []
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_json_int)
+        values = [json.loads(text, object_pairs_hook=functools.partial(_object, twice=twice), parse_int=_json_int)]
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}.") from None
+        place = f"line {error.lineno} column {error.colno}" if "\n" in text else f"column {error.colno}"
+        checks.problems.append(f"{where}: is not JSON: {error.msg} at {place}{_json_hint(text, error.pos)}.")
     except RecursionError:
-        raise ValueError("is nested too deeply to be a prompt file.") from None
+        checks.problems.append(f"{where}: is nested too deeply to be a prompt file.")
+    except ValueError as error:
+        checks.problems.append(f"{where}: {error}")
+    checks.problems += [f"{where}: has the name {_shown(name)} twice in one object." for name in twice]
+    return values
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
     """An object; JSON would keep the last of two equal names, and lose a video without a word."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"has the name {_shown(twice)} twice in one object.")
+        twice.extend(name for name, _ in pairs if name in seen or seen.add(name))
     return fields
+
+
+def _json_hint(text: str, position: int) -> str:
+    """What is often meant by a text that is not JSON here."""
+    before, after = text[max(position - 1000, 0) : position].rstrip()[-1:], text[position : position + 10].lstrip()
+    if (before == "," and after[:1] in ("]", "}")) or (after[:1] == "," and after[1:].lstrip()[:1] in ("]", "}")):
+        return "; remove the comma before the bracket"
+    if after.startswith("'"):
+        return "; text stands in double quotes"
+    if after.startswith(("None", "True", "False")):
+        return "; it has null, true and false"
+    if after.startswith(("//", "/*", "#")):
+        return "; it has no comments"
+    if before in ("}", "]") and after.startswith("{"):
+        return "; a comma is missing, or the file is .jsonl, an object per line"
+    return ""
 
 
 def _json_int(text: str) -> int:
@@ -536,32 +651,94 @@ def _json_int(text: str) -> int:
     return int(text)
 
 
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_ROW_NUMBER = re.compile(r"[0-9]+(?:\.0*)?")
+_SEP_LINE = re.compile(r"\s*\"?sep=([^\w\s\"]|\t)\"?[,;\t]*\s*", re.IGNORECASE)
+
+
 def _csv_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    try:
-        line = 1  # a row may go over several lines; the first is where it stands
-        for row in reader:
-            where, line = f"{path} line {line}", reader.line_num + 1
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise ValueError(f"the header must name each column once; it is {_shown(header)}.")
-                if "prompt" not in map(_SPELLED.get, header):
-                    raise ValueError(f"the header must name the columns, among them 'prompt'; it is {_shown(header)}.")
-                before = len(checks.problems)
-                _by_name(where, dict.fromkeys(header, ""), checks)
-                if len(checks.problems) > before:  # which every row would repeat
-                    return
-            elif len(cells) != len(header):
-                checks.problems.append(f"{where}: has {len(cells)} cells, the header has {len(header)}.")
+    lines = list(io.StringIO(text, newline=""))
+    first = next((index for index, line in enumerate(lines) if line.strip()), 0)
+    # Excel has a line of its own for it, and takes it for a cell if the quotes say so.
+    if lines and (match := _SEP_LINE.fullmatch(lines[first])):
+        first, delimiter = first + 1, match[1]
+    else:
+        delimiter = next((d for d in _DELIMITERS if "prompt" in _names(lines[first : first + 1], d)), ",")
+    names: list[str | None] = []
+    for number, cells in _cells(lines, first, delimiter):
+        where = f"{path} line {number}"
+        if isinstance(cells, csv.Error):
+            # Of two quotes, the second is missing or is one of the text.
+            reason = "a quote is not closed" if "end of data" in str(cells) else str(cells)
+            checks.problems.append(f"{where}: is not CSV: {reason}.")
+        elif not any(cells):
+            continue
+        elif not names:
+            names = _column_names(path, where, cells, checks)
+            if "prompt" not in map(_SPELLED.get, filter(None, names)):  # which every row would repeat
+                return
+        else:
+            while len(cells) > len(names) and not cells[-1]:
+                cells.pop()
+            if len(cells) != len(names):
+                hint = f"; text with '{delimiter}' stands in quotes" if len(cells) > len(names) else ""
+                checks.problems.append(f"{where}: has {len(cells)} cells, the header has {len(names)}{hint}.")
             else:
-                yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-    except csv.Error as error:  # where the next row begins is not known then
-        checks.problems.append(f"{path} line {reader.line_num}: is not CSV: {error}.")
+                values = [None if not cell or cell.casefold() in _NO_VALUE else cell for cell in cells]
+                checks.problems += [
+                    f"{where}: {_shown(value)} stands in a column without a name."
+                    for name, value in zip(names, values, strict=True)
+                    if name == "" and value is not None and not _ROW_NUMBER.fullmatch(value)
+                ]
+                yield where, {name: value for name, value in zip(names, values, strict=True) if name}
+
+
+def _names(header: Sequence[str], delimiter: str) -> set[str | None]:
+    try:
+        return {_SPELLED.get(cell.strip()) for row in csv.reader(header, delimiter=delimiter) for cell in row}
+    except csv.Error:  # which will be said when the rows are read
+        return set()
+
+
+def _cells(lines: Sequence[str], first: int, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The rows of a table, each with the number of the line where it begins; after a wrong one it goes on with the next."""
+    position = first
+
+    def rest() -> Iterator[str]:
+        nonlocal position
+        while position < len(lines):
+            position += 1
+            yield lines[position - 1]
+
+    while position < len(lines):
+        begin = position
+        try:
+            row = next(csv.reader(rest(), delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            position = begin + 1
+            yield position, error
+        else:
+            yield begin + 1, [cell.strip() for cell in row]
+
+
+def _column_names(path: pathlib.Path, where: str, header: Sequence[str], checks: Checks) -> list[str | None]:
+    """The names of the columns: "" for one without, None for one that is no field or the same as another."""
+    # pandas writes its index without a name, and "Unnamed: 0" or "Unnamed: 0.1" when it has read that.
+    names = ["" if re.fullmatch(r"Unnamed: [0-9.]+", name) else name for name in header]
+    given = [name for name in names if name]
+    if len(set(given)) < len(given):
+        checks.problems.append(f"{path}: the header must name each column once; it is {_shown(list(header))}.")
+    if "prompt" not in map(_SPELLED.get, given):
+        separators = ", ".join(_DELIMITERS.values())
+        checks.problems.append(
+            f"{path}: the header must name the columns, among them 'prompt', with {separators} between them; "
+            f"it is {_shown(list(header))}."
+        )
+    known = {spelled for spelled, _ in _by_name(where, dict.fromkeys(given, ""), checks).values()}
+    columns: list[str | None] = []
+    for name in names:
+        columns.append(name if not name or (name in known and name not in columns) else None)
+    return columns
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, str, Checks], Iterator[Row]]] = {
@@ -569,6 +746,7 @@ FORMATS: dict[str, Callable[[pathlib.Path, str, Checks], Iterator[Row]]] = {
     ".json": _json_rows,
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
+    ".tsv": _csv_rows,
 }
 
 
@@ -580,19 +758,21 @@ def check_entries(
     takes_references: bool = True,
     strict_parity: bool = False,
 ) -> list[Checked]:
-    """The entries that can be made; what is wrong with the others goes to `checks`.
+    """The entries that can be made; what is wrong with the others, unfinished ones too, goes to `checks`.
 
     `resolve` takes the overrides of an entry except its seed, and returns its sampling options or raises ValueError.
     `takes_references` is False for a text-to-video model.
     """
-    check_keys(entries, checks)
+    every = [*entries, *checks.unfinished]
+    check_keys([entry for entry in every if entry.key], checks)
     # Each image, and each cell that an image is for, once, however many entries have them.
     size_of_image = functools.cache(functools.partial(_outcome, images.check_image, strict_parity=strict_parity))
     notes_on_image = functools.cache(functools.partial(images.image_notes, strict_parity=strict_parity))
     fits = functools.cache(functools.partial(_outcome, _check_cells))
     options = functools.cache(functools.partial(_outcome, resolve))
     checked = []
-    for entry in entries:
+    for index, entry in enumerate(every):
+        is_finished = index < len(entries)
         problems: list[str] = []
         sampling = options(**{name: value for name, value in entry.overrides.items() if name != "seed"})
         sizes = [size_of_image(reference.path) for reference in entry.references]
@@ -611,11 +791,15 @@ def check_entries(
                     if reference.role == "subject" and not isinstance(size, ValueError):
                         outcome = fits(*canvas, size, reference.path)
                         problems += [str(outcome)] if isinstance(outcome, ValueError) else []
-        if takes_references and not entry.references:
+        if takes_references and not entry.references and is_finished:
             checks.notes.append(f"{entry.where}: has no reference; its canvas stays white.")
+        for text in (entry.prompt, "" if isinstance(sampling, ValueError) else sampling.negative_prompt):
+            if match := _WEIGHT.search(text):
+                advice = "--lora adds a LoRA" if match[0].startswith("<") else "words have no weights here"
+                checks.notes.append(f"{entry.where}: {_shown(match[0])} is read as it stands; {advice}.")
         subjects = _find_subjects(entry, problems, checks)
         checks.problems += [f"{entry.where}: {problem}" for problem in problems]
-        if not isinstance(sampling, ValueError) and not problems:
+        if is_finished and not isinstance(sampling, ValueError) and not problems:
             known = tuple(size for size in sizes if not isinstance(size, ValueError))
             checked.append(Checked(entry, sampling, subjects, known))
     return checked

@@ -146,10 +146,23 @@ def test_words_that_no_token_is_left_for_are_refused_and_a_cut_prompt_is_told(wo
     entries = [entry("early", f"apple {'red ' * 60}"), entry("late", f"{'red ' * 60}apple")]
     assert batches.check_tokens(CONFIG, tokenizer, checked(*entries), checks) == 40
     assert [note.partition(":")[0] for note in checks.notes] == ["line early", "line late"]
-    assert "the model reads 40 tokens" in checks.notes[0]
+    # Forty tokens are "apple", 38 times "red" and the end.
+    assert checks.notes[0].endswith(
+        f"the model reads 40 tokens of the prompt; not seen are its last {22 * 4 - 1} characters, "
+        "from 'red red red red red red red red red red ' on."
+    )
     (problem,) = checks.problems
     assert problem.startswith("line late: Subject 'apple'")
     assert batches.check_tokens(CONFIG, tokenizer, [], Checks()) == 40
+    checks = Checks()
+    negative = checked(entry("negative", negative_prompt="red " * 39), entry("fits", "red " * 39, ()))
+    assert batches.check_tokens(CONFIG, tokenizer, negative, checks) == 40
+    assert checks.notes == []
+    negative = checked(entry("negative", negative_prompt="red " * 40))
+    assert batches.check_tokens(CONFIG, tokenizer, negative, checks) == 40
+    assert checks.notes == [
+        "line negative: the model reads 40 tokens of the negative prompt; not seen are its last 3 characters, from 'red' on."
+    ]
 
 
 # --- Runs.

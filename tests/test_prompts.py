@@ -228,6 +228,7 @@ def test_sizes():
 def test_without_a_key_the_prompt_names_the_files(work):
     assert fields(prompt="the red apple!").key == "the_red_apple"
     assert fields(prompt="!").key == "video"
+    assert fields(prompt="\U0001f43c\u2764\ufe0f").key == "video"
     assert fields(prompt="x", key=7).key == "7"
 
 
@@ -301,6 +302,21 @@ def test_files_beside_the_prompt_file_come_before_those_in_the_working_directory
         ("running", "running"),
         ("console", "console"),
         ("nul." + "x" * 500, "_nul." + "x" * 115),
+        ("aux.txt", "_aux.txt"),
+        ("\u2764\ufe0f", ""),  # a heart, and the mark that makes it red
+        ("\U0001f43c\u2764\ufe0f", ""),
+        ("1\ufe0f\u20e3", "1"),
+        ("\u3164\u115f", ""),  # letters by their category
+        ("\u0301x", "x"),
+        ("-rf", "rf"),
+        ("-- --", ""),
+        ("_-.x-", "x-"),
+        ("x. .", "x"),
+        ("photo\u202egnp.exe", "photognp.exe"),  # shown as photoexe.png
+        ("می\u200cخواهم", "میخواهم"),
+        ("葛\U000e0100飾", "葛飾"),
+        ("e\u200d\u0301", "\u00e9"),
+        ("мир" * 100, "мир" * 20),
     ],
 )
 def test_keys_are_file_names_that_stay_in_the_folder(text, key):
@@ -333,11 +349,13 @@ def test_cases_whose_files_would_be_one_are_refused(work):
         ({"seed": True}, "seed=True must be a whole number from 0 to 9223372036854775807"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"seed": 2**63}, "seed=9223372036854775808 must be"),
-        ({"seed": float("nan")}, "seed=nan must be"),
+        ({"seed": 7.5}, "seed=7.5 must be"),
+        ({"seed": "7.5"}, "seed='7.5' must be"),
+        ({"seed": 1e16}, "seed=1e+16 must be"),  # not every whole number of that size is a float
         ({"base_seed": "1e3"}, "base_seed='1e3' must be"),
         ({"seed": [1]}, "seed=[1] must be"),
         ({"frames": 0}, "frames=0 must be a whole number from 1"),
-        ({"frames": 81.0}, "frames=81.0 must be"),
+        ({"frames": 81.5}, "frames=81.5 must be"),
         ({"frames": float("inf")}, "frames=inf must be"),
         ({"size": "big"}, "size='big' must be WIDTHxHEIGHT"),
         ({"size": [832, 480]}, "size=[832, 480] must be text"),
@@ -345,7 +363,9 @@ def test_cases_whose_files_would_be_one_are_refused(work):
         ({"steps": 3}, "the field 'steps' is unknown; there are key, prompt, references, subjects"),
         ({"ref": 7}, "ref=7 must be a file, or a list of files"),
         ({"ref": "pear.png"}, "there is no image file 'pear.png'"),
-        ({"ref": ["apple.png", None]}, "the reference None must be a file"),
+        ({"ref": ["apple.png", 3]}, "the reference 3 must be a file"),
+        ({"ref": ["apple.png", None, None], "subjects": ["a", "b"]}, "subjects=['a', 'b'] has 2 for 1 references"),
+        ({"promt": "x"}, "the field 'promt' is unknown; did you mean prompt? There are key, prompt, references"),
         ({"ref": ["apple.png:"]}, "'apple.png:' has no words after its last colon"),
         ({"ref": [{"image": "apple.png", "colour": 1}]}, "must have an image, and may have words and a role"),
         ({"ref": [{"words": "apple"}]}, "must have an image"),
@@ -379,8 +399,12 @@ def test_wrong_fields_are_named_with_what_they_must_be(work, given, message):
             "good@@x\nno prompt\nk@@ @@apple.png",
             ["a.txt line 2: must be key@@prompt@@image@@image..., it is 'no prompt'", "a.txt line 3: must be"],
         ),
-        ("a.txt", b"a@@x\r\nb@@caf\xe9", ["a.txt: line 2 is not UTF-8: it has the byte 0xe9."]),
-        ("a.txt", "a@@x".encode("utf-16"), ["a.txt: is UTF-16; save it as UTF-8."]),
+        (
+            "a.txt",
+            b"a@@x\r\nb@@caf\xe9",
+            ["a.txt line 2 is not UTF-8: it has the byte 0xe9, which is é in Windows-1252; save it as UTF-8."],
+        ),
+        ("a.txt", "a@@x".encode("utf-16"), ["a.txt is UTF-16; save it as UTF-8."]),
         (
             "a.txt",
             "a@@x@@pear.png@@plum.png",
@@ -389,10 +413,10 @@ def test_wrong_fields_are_named_with_what_they_must_be(work, given, message):
         (
             "a.yaml",
             "a: x",
-            ["a.yaml: the suffix '.yaml' is unknown; a prompt file is one of .txt, .json, .jsonl, .csv."],
+            ["a.yaml: the suffix '.yaml' is unknown; a prompt file is one of .txt, .json, .jsonl, .csv, .tsv."],
         ),
         ("a.json", "{}", ["a.json: no video is asked for in it."]),
-        ("a.json", '{"a": {"prompt": "x"}', ["a.json: is not JSON: Expecting ',' delimiter: line 1"]),
+        ("a.json", '{"a": {"prompt": "x"}', ["a.json: is not JSON: Expecting ',' delimiter at column 22."]),
         ("a.json", "3", ["a.json: must be objects by key, or a list of objects; it is 3."]),
         ("a.json", '{"a": {"prompt": "x"}, "a": {"prompt": "y"}}', ["a.json: has the name 'a' twice in one object."]),
         ("a.json", '{"prompt": "x"}', ["a.json entry 'prompt': must be an object, it is 'x'."]),
@@ -405,8 +429,8 @@ def test_wrong_fields_are_named_with_what_they_must_be(work, given, message):
         ("a.json", f'[{{"prompt": {"[" * 300}{"]" * 300}}}]', ["a.json entry 1: prompt=[[[...]]] must be text."]),
         (
             "a.json",
-            '[{"prompt": "x", "seed": NaN}, {"prompt": "y", "frames": -Infinity}]',
-            ["a.json entry 1: seed=nan must", "a.json entry 2: frames=-inf must"],
+            '[{"prompt": "x", "seed": Infinity}, {"prompt": "y", "frames": -Infinity}]',
+            ["a.json entry 1: seed=inf must", "a.json entry 2: frames=-inf must"],
         ),
         (
             "a.jsonl",
@@ -427,6 +451,68 @@ def test_wrong_fields_are_named_with_what_they_must_be(work, given, message):
             ["a.csv line 4: has 1 cells, the header has 2.", "a.csv line 5: seed='x' must"],
         ),
         ("a.csv", 'prompt,seed\na,x\n"b" c,1', ["a.csv line 2: seed='x' must", "a.csv line 3: is not CSV"]),
+        # Of all that is wrong one hears at once, whatever comes first.
+        (
+            "a.csv",
+            'prompt,seed,colour,seed\n"b" c,1,,\nd,x,,\n"e\nf,-1,,\ng, it was,2,,3',
+            [
+                "a.csv: the header must name each column once",
+                "a.csv line 1: the field 'colour' is unknown",
+                "a.csv line 2: is not CSV: ',' expected after '\"'",
+                "a.csv line 3: seed='x' must",
+                "a.csv line 4: is not CSV: a quote is not closed.",
+                "a.csv line 5: seed='-1' must",
+                "a.csv line 6: has 5 cells, the header has 4; text with ',' stands in quotes.",
+            ],
+        ),
+        (
+            "a.csv",
+            "key;promt;seed",
+            [
+                "a.csv: the header must name the columns, among them 'prompt', with commas, semicolons, tabs between them; "
+                "it is ['key;promt;seed'].",
+                "a.csv line 1: the field 'key;promt;seed' is unknown",
+            ],
+        ),
+        (
+            "a.csv",
+            "key,promt,seed\na,b,x",
+            ["a.csv: the header must name", "a.csv line 1: the field 'promt' is unknown; did you mean prompt?"],
+        ),
+        ("a.csv", ",prompt\n0,x\nfox,y", ["a.csv line 3: 'fox' stands in a column without a name."]),
+        ("a.csv", "prompt,seed\nNone,1\n", ["a.csv line 2: has no prompt."]),
+        ("a.csv", "prompt\n" + "x" * 200_000, ["a.csv line 2: is not CSV: field larger than field limit"]),
+        ("a.csv", "x" * 200_000, ["a.csv line 1: is not CSV: field larger than field limit"]),
+        (
+            "a.json",
+            '{"a": {"prompt": "x"}, "a": {"prompt": "y", "seed": 1, "seed": "z"}}',
+            [
+                "a.json: has the name 'seed' twice in one object.",
+                "a.json: has the name 'a' twice in one object.",
+                "a.json entry 'a': seed='z' must",
+            ],
+        ),
+        (
+            "a.json",
+            '{"a": null, "b": {"prompt": null}}',
+            ["a.json entry 'a': must be an object, it is None", "a.json entry 'b': has no prompt"],
+        ),
+        (
+            "a.jsonl",
+            '\ufeff\n\r\nnull\r\n{"prompt": "x", "seed": 7.5}',
+            ["a.jsonl line 3: must be an object, it is None.", "a.jsonl line 4: seed=7.5 must"],
+        ),
+        ("a.txt", b"a@@x\r\nb@@y\0z", ["a.txt line 2 has a NUL byte: it is UTF-16, or no text; save it as UTF-8."]),
+        ("a.csv", "prompt,seed".encode("utf-16-le"), ["a.csv line 1 has a NUL byte: it is UTF-16"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "ref": "http://a.org/b.png"}\n{"prompt": "x", "ref": ["gs://b/c.png:fox", {"image": "file:///d.png"}]}',
+            [
+                "a.jsonl line 1: the reference http://a.org/b.png: http:// cannot be read or written; give a local path",
+                "a.jsonl line 2: the reference gs://b/c.png:fox: gs:// cannot be read",
+                "a.jsonl line 2: the reference file:///d.png: file:// cannot be read",
+            ],
+        ),
     ],
 )
 def test_wrong_files_are_named_with_the_line(work, name, content, problems):
@@ -437,9 +523,195 @@ def test_wrong_files_are_named_with_the_line(work, name, content, problems):
         assert len(actual) < 400
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ('[{"prompt": "x"},]', "remove the comma before the bracket"),
+        ('{"a": {"prompt": "x",\n}}', "remove the comma before the bracket"),
+        ("{'a': 1}", "text stands in double quotes"),
+        ('{"a": None}', "it has null, true and false"),
+        ('{"a": 1} // one', "it has no comments"),
+        ('{"prompt": "x"}\n{"prompt": "y"}', "a comma is missing, or the file is .jsonl, an object per line"),
+    ],
+)
+def test_what_is_often_taken_for_json_is_recognised(work, text, hint):
+    _, checks = read("a.json", text)
+    (problem,) = checks.problems
+    assert problem.startswith("a.json: is not JSON: ")
+    assert problem.endswith(f"; {hint}.")
+
+
+FULL = ("a", "a red ball, slowly", ["apple.png", "fish.png"], {"seed": 7, "num_frames": 81})
+PLAIN = ("b", "blue", [], {})
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'key,prompt,references,seed,frames\na,"a red ball, slowly",apple.png;fish.png,7,81\nb,blue,,,\n',
+        # Excel in most of Europe, with a byte-order mark, and with the line that tells the separator.
+        '\ufeffkey;prompt;references;seed;frames\r\na;a red ball, slowly;"apple.png;fish.png";7;81\r\nb;blue;;;\r\n',
+        "sep=;\r\nkey;prompt;references;seed;frames\r\na;a red ball, slowly;apple.png,fish.png;7;81\r\nb;blue;;;",
+        '\ufeff"sep=|"\r\nkey|prompt|references|seed|frames\r\na|a red ball, slowly|apple.png;fish.png|7|81\r\nb|blue|||',
+        "key\tprompt\treferences\tseed\tframes\na\ta red ball, slowly\tapple.png;fish.png\t7\t81\nb\tblue\t\t\t\n",
+        # pandas: its index, and whole numbers of a column with gaps.
+        ',key,prompt,references,seed,frames\n0,a,"a red ball, slowly",apple.png;fish.png,7.0,81.0\n1,b,blue,,,\n',
+        "Unnamed: 0.1,Unnamed: 0,key,prompt,references,seed,frames\n"
+        '0,0,a,"a red ball, slowly",apple.png;fish.png,7.0,81.\n1,1.0,b,blue,nan,NaN,None\n',
+        # Columns and rows that were emptied but not removed; cells in quotes, over two lines.
+        '"key","prompt","references","seed","frames",,\n\n"a","a red ball,\nslowly","apple.png;nan;fish.png","7","81",,\n'
+        ',,,,,,\n"b","blue",,<NA>,#N/A,,,,\n',
+        'key,prompt,references,seed,frames,synthesis_flag\ra,"a red ball, slowly","apple.png, fish.png,",+7, 81 ,x\r'
+        "b,blue,,,,\r",
+    ],
+    ids=["plain", "semicolons", "sep", "sep in quotes", "tabs", "pandas", "pandas twice", "leftovers", "old Mac"],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_tables_as_programs_write_them(work, table, suffix):
+    entries = good(f"cases.{suffix}", table)
+    found = [
+        (e.key, " ".join(e.prompt.split()), [str(r.path) for r in e.references], dict(e.overrides)) for e in entries
+    ]
+    assert found == [FULL, PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"references": ["apple.png", None]}, [("apple.png", None)]),
+        ({"references": [None, "", "nan", "None", float("nan")]}, []),
+        ({"references": None, "seed": float("nan"), "size": None, "subjects": None}, []),
+        ({"references": "apple.png; ;fish.png;"}, [("apple.png", None), ("fish.png", None)]),
+        ({"references": "nan"}, []),
+        # Words go with the place in the list, or with the references that there are.
+        (
+            {"references": [None, "apple.png", "fish.png"], "subjects": ["x", "a", "f"]},
+            [("apple.png", "a"), ("fish.png", "f")],
+        ),
+        (
+            {"references": [None, "apple.png", "fish.png"], "subjects": ["a", None]},
+            [("apple.png", "a"), ("fish.png", None)],
+        ),
+        (
+            {"references": ["apple.png", None, "fish.png"], "class_label": ["the", "x", "fox"]},
+            [("apple.png", "the"), ("fish.png", "fox")],
+        ),
+        ({"references": ["fish.png", None], "class_label": "the, fox"}, [("fish.png", "the, fox")]),
+    ],
+)
+def test_nothing_is_as_good_as_absent(work, given, expected):
+    entry = fields(prompt="the, fox", **given)
+    assert isinstance(entry, Entry), entry
+    assert [(str(reference.path), reference.words) for reference in entry.references] == expected
+    assert entry.overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(7, 7), (7.0, 7), ("7", 7), ("7.0", 7), (" +7. ", 7), (2.0**53, 2**53)]
+)
+def test_whole_numbers_of_a_file(work, given, expected):
+    seed = fields(prompt="x", seed=given).overrides["seed"]
+    assert (type(seed), seed) == (int, expected)
+
+
+def test_a_row_with_a_mistake_is_checked_to_its_end(work):
+    Image.new("RGB", (4000, 1)).save("thin.png")
+    pathlib.Path("text.png").write_text("no picture")
+    rows = [
+        # One field is wrong, and with it what only a model or a picture can tell.
+        {"key": "a", "prompt": "the fox", "seed": "x", "size": "70x32", "ref": ["text.png:cat", "pear.png"]},
+        {"key": "b", "prompt": "the fox", "roles": ["hero", None], "ref": ["apple.png:fox", "thin.png:dog"]},
+        {"key": "A", "prompt": " ", "frames": 0, "ref": ["apple.png:fox"], "subjects": ["a", "b"]},
+        {"key": "c", "prompt": "the fox", "ref": ["apple.png:fox"]},
+    ]
+    entries, checks = read("cases.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [each.entry.key for each in check_entries(entries, checks, resolve)] == ["c"]
+    expected = [
+        "1: seed='x' must be",
+        "1: there is no image file 'pear.png'.",
+        "2: role 'hero' is unknown",
+        "3: prompt=' ' has no words.",
+        "3: frames=0 must be",
+        "3: subjects=['a', 'b'] has 2 for 1 references",
+        "3: the key 'A' is taken by cases.jsonl line 1",
+        "1: must be a multiple of 16.",
+        "1: text.png is no image",
+        "1: Subject 'cat' is not in the prompt",
+        "2: thin.png is 4000x1 pixels: too elongated",
+        "2: Subject 'dog' is not in the prompt",
+    ]
+    for problem, start in zip(checks.problems, expected, strict=True):
+        assert problem.startswith(f"cases.jsonl line {start}")
+    assert checks.notes == []
+
+
+@pytest.mark.parametrize(
+    ("file", "written"),
+    [
+        ("two words.png", "two words.png"),
+        ("a:b, c;d.png", "a:b, c;d.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),  # as macOS stores it and as a keyboard writes it
+        ("fox.png", "~/fox.png"),
+        ("sub/fox.png", "sub\\fox.png"),
+        ("sub/fox.png", "./sub/../sub/fox.png"),
+        ("~/fox.png", "~/fox.png"),  # a folder of that name comes before one's home
+        ("\u0645\u0631.png", "\u0645\u0631.png"),
+        ("-fox.png", "-fox.png"),
+    ],
+)
+def test_files_are_found_by_what_people_call_them(work, monkeypatch, tmp_path, file, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (work / file).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (9, 9)).save(file)
+    for text, words in ((written, None), (f"{written}:the fox", "the fox")):
+        reference = read_reference(text, files_beside(work))
+        assert (reference.words, reference.path.samefile(work / file)) == (words, True)
+    (entry,) = good("cases.txt", f"a@@the fox@@{written}:fox")
+    assert entry.references[0].path.samefile(work / file)
+
+
+def test_a_reference_elsewhere_is_refused(work):
+    for text in (
+        "http://a.org/b.png",
+        "https://a.org/b.png:fox",
+        "gs://bucket/b.png",
+        "s3:/bucket/b.png",
+        "file:///b.png",
+    ):
+        for given in (text, [text], {"image": text}, f"apple.png;{text}"):
+            scheme = text.partition(":")[0]
+            assert f"here: the reference {text}: {scheme}:// cannot be read or written; give a local path" in bad(
+                ref=given
+            )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [
+        ("a (cat:1.3) sits", "'(cat:1.3)' is read as it stands; words have no weights here."),
+        ("a (red cat : 2) sits", "'(red cat : 2)' is read as it stands; words have no weights here."),
+        ("a cat <lora:cute:0.8>", "'<lora:cute:0.8>' is read as it stands; --lora adds a LoRA."),
+        ("a clock (10:30) and a score (2:1), (note: it)", None),
+        ("a @@ b", None),
+        ("two\nlines\tand a tab", None),
+        ("\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621 \u200f\u202b\u202c", None),
+        ("\U0001f43c\u2764\ufe0f\U0001f469\u200d\U0001f680", None),
+        ("``quoted`` \\n {braces} %s $HOME", None),
+    ],
+)
+def test_prompts_are_kept_as_they_are_written(work, prompt, note):
+    rows = [{"prompt": prompt, "ref": "apple.png"}, {"key": "n", "prompt": "x", "negative": prompt, "ref": "apple.png"}]
+    entries, checks = read("cases.jsonl", "\n".join(map(json.dumps, rows)))
+    first, second = check_entries(entries, checks, resolve)
+    assert (first.entry.prompt, second.sampling.negative_prompt, checks.problems) == (prompt, prompt, [])
+    assert checks.notes == ([] if note is None else [f"cases.jsonl line 1: {note}", f"cases.jsonl line 2: {note}"])
+
+
 def test_what_is_no_prompt_file_is_named(work):
     os.mkfifo("pipe.txt")
     pathlib.Path("folder.txt").mkdir()
+    pathlib.Path("empty.csv").touch()
     with open("huge.json", "wb") as file:
         file.truncate(65 * 2**20)
     for name, message in (
@@ -447,6 +719,7 @@ def test_what_is_no_prompt_file_is_named(work):
         ("pipe.txt", "pipe.txt: pipe.txt is a pipe or a device, no prompt file."),
         ("folder.txt", "folder.txt: folder.txt is a folder, no prompt file."),
         ("huge.json", "huge.json: huge.json has 65.0 MB; at most 64 are read."),
+        ("empty.csv", "empty.csv: empty.csv is empty, no prompt file."),
     ):
         checks = Checks()
         assert read_entries(pathlib.Path(name), checks) == []
