@@ -72,8 +72,19 @@ def open_job(config, out, mesh, accept):
     frozen = jnp.asarray(rng.standard_normal((16, 2**12)), jnp.float32)
     specs = ((r"layer/\\w+", P()),)
     accept(params)
+
+    def take_a_minute(check):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "slow").touch()
+        for _ in range(600):
+            time.sleep(0.1)
+            check()
+
+    if out.name.startswith("setup"):
+        take_a_minute(lambda: None)
     return Job(
-        params, frozen, specs, loss, Batches(), lambda batch: batch, lambda batch: Work(8), lambda params: "done"
+        params, frozen, specs, loss, Batches(), lambda batch: batch, lambda batch: Work(8), lambda params: "done",
+        validate=lambda params, check: take_a_minute(check), sample=lambda params, check: take_a_minute(check),
     )
 
 
@@ -123,6 +134,21 @@ class Runs:
             return process.wait(600)
         finally:
             process.kill()
+
+    def stop_while_slow(self, name: str, number: signal.Signals, *options: str) -> tuple[int, float]:
+        """Sends a signal while something takes a minute; the exit status, and the seconds that it took to end."""
+        process = self.start(name, *options)
+        try:
+            while process.poll() is None and not (self.folder / name / "slow").exists():
+                time.sleep(0.01)
+            sent = time.monotonic()
+            process.send_signal(number)
+            return process.wait(600), time.monotonic() - sent
+        finally:
+            process.kill()
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
 
     def num_lines(self, name: str) -> int:
         return (self.folder / name / "metrics.jsonl").read_bytes().count(b"\n")
@@ -207,6 +233,31 @@ def test_two_kills_change_no_bit(small):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_of_the_current_step(small, number, status):
     check_signal(small, number, status)
+
+
+@pytest.mark.parametrize("slow", ["validation", "sample"])
+def test_what_is_being_drawn_is_dropped_and_the_next_start_ends_the_run(small, slow):
+    """All steps are done: what is left is the export."""
+    status, seconds = small.stop_while_slow(slow, signal.SIGTERM, f"--config.events.{slow}", "20")
+    assert status == 143, small.said(slow)
+    assert seconds < 20
+    assert small.steps(slow)[-1] == 20
+    assert "SIGTERM: stopped at step 20 of 20, which is saved" in small.said(slow)
+    assert "Traceback" not in small.said(slow)
+    assert "done" not in small.said(slow)
+    small.finish(slow, f"--config.events.{slow}", "20")
+    small.assert_equal(slow, "straight")
+    assert "done" in small.said(slow)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_before_the_first_step_a_signal_ends_the_run_at_once(small, number, status):
+    name = f"setup_{number.name}"
+    ended, seconds = small.stop_while_slow(name, number)
+    assert ended == status, small.said(name)
+    assert seconds < 20
+    assert "Traceback" not in small.said(name)
+    assert {path.name for path in (small.folder / name).iterdir()} == {"slow"}
 
 
 @pytest.mark.slow

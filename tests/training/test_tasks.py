@@ -12,9 +12,22 @@ import train
 from magref_jax import checkpoint, pipeline
 from magref_jax.convert.lora import read_lora
 from magref_jax.data.clips import Phase
+from magref_jax.data.emoji_records import EmojiSource
+from magref_jax.data.records import write_records
 from magref_jax.models.adapters import LoraConfig
 from magref_jax.sharding import make_mesh
-from magref_jax.training.config import EmojiData, OptimizerConfig, TrainConfig, VAEPhase, VAETask
+from magref_jax.training.config import (
+    DiTTask,
+    EmojiData,
+    Events,
+    OptimizerConfig,
+    RecordData,
+    TrainConfig,
+    VAEPhase,
+    VAETask,
+)
+from magref_jax.training.dit_task import _Run, make_samples, validation_batches, why_no_validation
+from magref_jax.training.job import Stopped
 from magref_jax.training.step import TrainState
 from tests.tiny_model import write_model
 from tests.training.tiny_run import MODEL, WORLD, tiny_run
@@ -79,10 +92,20 @@ def test_parts_by_name_leave_the_rest_bitwise_and_without_moments(folder, tmp_pa
     assert len(moments) == 2 * len(trained)
 
 
-def test_a_lora_leaves_the_base_and_loads_beside_it(folder, tmp_path):
+def test_a_lora_of_records_leaves_the_base_and_loads_beside_it(folder, tmp_path, capsys):
+    """As the recipe goes: records to train on, and no folder of others to validate on, which is said."""
     before = dit_params(folder)
-    config = tiny_run(folder, trainable=LoraConfig(rank=2))
-    state = run(config, tmp_path)
+    source = EmojiSource(WORLD, "train", seed=1, count=8)
+    write_records(tmp_path / "data" / "train", [source[i] for i in range(8)])
+    data = RecordData((tmp_path / "data" / "train",), (tmp_path / "data" / "validation",))
+    config = tiny_run(folder, trainable=LoraConfig(rank=2), data=data)
+    events = dataclasses.replace(config.events, validation=1, sample=1)
+    state = run(dataclasses.replace(config, events=events), tmp_path)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
+    assert said.startswith(
+        f"train.py: no validation and no sample sheets: there is no folder at {tmp_path}/data/validation"
+    )
+    assert not any("validation_loss" in line for line in lines(tmp_path))
     assert not changed(before, dit_params(folder))
     assert not (tmp_path / "model").exists()
     assert {jax.tree_util.keystr(path[-1:]) for path, _ in jax.tree.leaves_with_path(state.params)} == {
@@ -101,10 +124,29 @@ def test_a_lora_leaves_the_base_and_loads_beside_it(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_stands(folder, tmp_path):
-    whole = run(tiny_run(folder, num_steps=4), tmp_path / "whole")
-    run(tiny_run(folder, num_steps=2), tmp_path / "cut")
-    state = run(tiny_run(folder, num_steps=4), tmp_path / "cut")
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ({}, {}),
+        ({"overfit": True}, {}),
+        ({"layouts": 2}, {}),
+        ({"trainable": LoraConfig(rank=2)}, {}),
+        # The third step begins a phase, and the schedule is on its way down.
+        (
+            {"phases": (Phase(2, 4, num_latent_frames=2, reach=2), Phase(9, 2))},
+            {"optimizer": OptimizerConfig("muon", 1e-3, warmup_steps=1, cycle_steps=(2, 2), ema_decay=0.9)},
+        ),
+        ({}, {"accumulation_steps": 2, "events": Events(checkpoint=2, validation=1, sample=2)}),
+    ],
+    ids=["plain", "overfit", "layouts", "lora", "phases", "events"],
+)
+def test_a_run_goes_on_where_it_stands(folder, tmp_path, task, options):
+    def config(num_steps: int) -> TrainConfig:
+        return dataclasses.replace(tiny_run(folder, num_steps=num_steps, **task), **options)
+
+    whole = run(config(4), tmp_path / "whole")
+    run(config(2), tmp_path / "cut")
+    state = run(config(4), tmp_path / "cut")
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
             one, other = jax.random.key_data(one), jax.random.key_data(other)
@@ -126,6 +168,76 @@ def test_encoded_once_is_what_every_step_encodes(folder, tmp_path):
     np.testing.assert_allclose(encoded, pixels, rtol=0.5)
     # The same clips, latents and noise in the first step, but for the choice of views: not the same number.
     assert not np.array_equal(encoded, pixels)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (EmojiData(WORLD, validation_clips=1), None),
+        (EmojiData(WORLD, validation_clips=0), "task.data.validation_clips is 0."),
+        (RecordData((pathlib.Path("a"),)), "task.data.validation_folders is empty."),
+        (RecordData((pathlib.Path("a"),), (pathlib.Path("b/*"),)), "there is no folder at b/*"),
+        (RecordData((pathlib.Path("a"),), (pathlib.Path("b"), pathlib.Path("c"))), "there is no folder at b, c"),
+        (RecordData((pathlib.Path("a"),), (pathlib.Path("here/?"),)), None),
+        (
+            RecordData((pathlib.Path("a"),), (pathlib.Path("b"), pathlib.Path("here"))),
+            None,
+        ),  # one is missing: a mistake
+    ],
+)
+def test_why_there_is_no_validation(tmp_path, monkeypatch, data, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    found = why_no_validation(DiTTask(pathlib.Path("model"), data, ()))
+    assert found == reason or (reason is not None and found is not None and found.startswith(reason))
+
+
+def test_every_clip_of_the_fixed_set_is_validated_on():
+    """Eleven clips of two sizes: batches of eight at most, and none is left out."""
+    source = [type("Record", (), {"number": number}) for number in range(11)]
+    sizes = [(5, 24, 32)] * 9 + [(5, 32, 24)] * 2
+    found = validation_batches(
+        type("Source", (), {"sizes": sizes, "__getitem__": lambda self, i: source[i], "__len__": lambda self: 11})(),
+        lambda record, rng: {"subject_cells": np.zeros((2, 1, 1)), "number": np.array(record.number)},
+        lambda host: host["number"].tolist(),
+        seed=0,
+    )
+    assert found == [[0, 1, 2, 3, 4, 5, 6, 7], [8], [9, 10]]
+
+
+class AnyRun(_Run):
+    """With an error of its own at each noise level."""
+
+    def __init__(self) -> None:
+        pass
+
+    frozen = None  # pyrefly: ignore
+
+    def level_error(self, trained, frozen, batch, sigma):
+        return batch * sigma, 1.0
+
+
+def test_validation_and_sheets_ask_between_their_parts_whether_to_go_on(monkeypatch):
+    asked = []
+
+    def check() -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        AnyRun().validate([1.0, 2.0], None, check)
+    assert len(asked) == 3
+
+    def generate(model, requests, on_step):
+        for step in range(9):
+            on_step(step)
+
+    asked.clear()
+    monkeypatch.setattr(pipeline, "generate", generate)
+    with pytest.raises(Stopped):
+        make_samples(None, [], check)
+    assert len(asked) == 3
 
 
 def test_validation_and_samples(folder, tmp_path):
