@@ -51,12 +51,24 @@ def text_lines(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Gives the errors of the system that come from a block, such as a full disk, the name of the file, if they have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name beside `path`, which takes its place if all goes well and is removed if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
+        with naming(path):
+            yield part
         # The contents go to the disk before the name does: otherwise a power loss may leave an empty file in the place of a
         # good one. It takes milliseconds; what is written here took minutes.
         with part.open("rb+") as file:

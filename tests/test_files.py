@@ -1,10 +1,12 @@
-"""Text that people saved with whatever their editor does: read, or refused by file, line and encoding."""
+"""Text that people saved with whatever their editor does: read, or refused by file, line and encoding; files that are written whole."""
 
+import errno
 import re
 
 import pytest
 
-from magref_jax.files import read_text, text_lines
+from magref_jax.command import sentence
+from magref_jax.files import read_text, replacing, text_lines
 
 CAFE = "naïve\ncafé\u2028狐\n"  # U+2028 separates lines for `str.splitlines`, and nowhere else
 
@@ -35,3 +37,11 @@ def test_other_encodings_are_named_with_file_and_line(tmp_path, content, message
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {re.escape(message)}"):
         read_text(path)
+
+
+def test_what_a_full_disk_says_has_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as raised, replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "a.txt")
+    assert sentence(raised.value) == f"{tmp_path / 'a.txt'}: No space left on device"
+    assert list(tmp_path.iterdir()) == []

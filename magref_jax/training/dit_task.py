@@ -17,7 +17,7 @@ from PIL import Image
 
 from magref_jax import checkpoint, pipeline
 from magref_jax.checkpoint import Params
-from magref_jax.conditioning.case import encode_cases, prepare_case, stack_cases
+from magref_jax.conditioning.case import check_size, encode_cases, prepare_case, stack_cases
 from magref_jax.conditioning.inputs import Conditioning
 from magref_jax.config import ModelConfig, load_model_config
 from magref_jax.convert.lora import apply_loras, trained_lora, write_lora
@@ -49,11 +49,8 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept)
     make = functools.partial(make_row, model, tokenizer, task)
     # What cannot be trained is refused before weights are read: batches that cannot be filled, records that do not fit.
     batches = open_batches(training_clips, task, make, config.seed, mesh)
-    first = training_clips[0]
-    try:
-        make(first, np.random.default_rng(0))
-    except ValueError as error:
-        raise ValueError(f"record {first.id!r}: {error}") from None
+    for source in filter(None, (training_clips, validation_clips)):
+        check_records(model, source, make)
     abstract = abstract_networks(task, model, mesh)
     accept(abstract_trained(task, model))
     dit, encoders = read_networks(task, model, mesh, config.seed, abstract)
@@ -260,6 +257,45 @@ def why_no_validation(task: DiTTask) -> str | None:
     if any(folder.exists() or glob.glob(str(folder)) for folder in folders):
         return None
     return f"there is no folder at {', '.join(map(str, folders))} (task.data.validation_folders)."
+
+
+def check_records(model: ModelConfig, source: Source, make: clips.Make) -> None:
+    """Refuses records of sizes that the model cannot take, and a first record that makes no row for it.
+
+    Raises:
+        ValueError: names the size, or the record.
+    """
+    for _, height, width in dict.fromkeys(map(tuple, source.sizes)):
+        try:
+            check_size(model, 1, height, width)
+        except ValueError as error:
+            raise ValueError(f"there are clips of {width}x{height} pixels: {error}") from None
+    record = source[0]
+    try:
+        row = make(record, np.random.default_rng(0))
+        if record.cases:
+            check_encoded(model, record, row)
+    except ValueError as error:
+        raise ValueError(f"record {record.id!r}: {error}") from None
+
+
+def check_encoded(model: ModelConfig, record: ClipRecord, row: dict[str, np.ndarray]) -> None:
+    """Refuses what the encoders of another model made.
+
+    Raises:
+        ValueError: names the array.
+    """
+    stride, dit = model.vae.spatial_stride, model.dit
+    latents = (record.height // stride, record.width // stride, model.vae.latent_channels)
+    expected: dict[str, tuple[int, ...]] = {"clean_latents": latents, "text_embeddings": (dit.text_len, dit.text_dim)}
+    if pipeline.takes_references(model):
+        expected["reference_latents"] = latents
+    if dit.image_dim is not None:
+        expected["image_embeddings"] = (dit.image_dim,)
+    for name, shape in expected.items():
+        found = row[name].shape if name in row else ()
+        if found[-len(shape) :] != shape:
+            raise ValueError(f"its {name} have the shape {found}, which must end in {shape}: another model encoded it.")
 
 
 def open_batches(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from magref_jax.config import ModelConfig
-from magref_jax.files import replacing
+from magref_jax.distributed import on_first
+from magref_jax.files import naming, replacing
 from magref_jax.models.dit import context_flops, dit_flops
 
 LATE = 2  # steps the host may be ahead of the metrics it has fetched
@@ -300,6 +302,7 @@ class Monitor:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 cut_lines(path, step)
+                self._in_a_row = skipped_in_a_row(path)
             self._file = path.open("a", encoding="utf-8")
             if self._tensorboard:
                 import tensorboardX
@@ -309,6 +312,7 @@ class Monitor:
                 self._events = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
             if self._progress_bar:
                 self._bar = tqdm(total=self._num_steps, initial=step, unit="step")
+        self._in_a_row = on_first(lambda: self._in_a_row)  # all of several processes stop at the same step
         self.goodput.end_init()
         self._arrived = self._training_seconds()
         self._profile_from(step + 1)
@@ -387,8 +391,9 @@ class Monitor:
         while self._lines:
             self._write_oldest()
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(self._folder / "metrics.jsonl"):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def _wait(self, count: int | None = None) -> None:
         """For the first `count` steps that were logged and not yet written."""
@@ -411,8 +416,9 @@ class Monitor:
         if line.step % self._report_every == 0 or line.step == self._num_steps:
             values |= self._report()
         if self._file is not None:
-            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with naming(self._folder / "metrics.jsonl"):
+                self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                self._file.flush()
         if self._bar is not None:
             self._bar.update()
         if "skipped" in metrics:
@@ -511,6 +517,13 @@ def cut_lines(path: pathlib.Path, step: int) -> None:
     if b"".join(kept) != text:
         with replacing(path) as part:
             part.write_bytes(b"".join(kept))
+
+
+def skipped_in_a_row(path: pathlib.Path) -> int:
+    """How many of the last lines are of steps that were skipped: a run of them may go on after a restart."""
+    totals = [0, *(json.loads(line).get("skipped", 0) for line in path.read_bytes().splitlines())]
+    rising = [now > before for before, now in itertools.pairwise(totals)]
+    return len(list(itertools.takewhile(bool, reversed(rising))))
 
 
 def to_json(value: Any) -> Any:

@@ -226,6 +226,19 @@ def test_skipped_steps_of_before_a_restart_do_not_count(open_monitor):
     follow.flush()
 
 
+def test_a_row_of_skipped_steps_goes_on_over_a_restart(open_monitor):
+    follow = open_monitor(max_skipped=2)
+    follow.begin(0)
+    for step, total in enumerate([1, 1, 2, 3], start=1):
+        follow.log(step, {"skipped": total})
+    follow.close()
+    follow = open_monitor(max_skipped=2)
+    follow.begin(4, skipped=3)  # steps 3 and 4 were skipped
+    follow.log(5, {"skipped": 4})
+    with pytest.raises(TooManySkipped, match="step 5: 3 steps in a row .* weights are those of step 2"):
+        follow.flush()
+
+
 # Time
 
 

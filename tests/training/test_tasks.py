@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from magref_jax.training.config import (
     VAEPhase,
     VAETask,
 )
-from magref_jax.training.dit_task import _Run, make_samples, validation_batches, why_no_validation
+from magref_jax.training.dit_task import _Run, check_records, make_samples, validation_batches, why_no_validation
 from magref_jax.training.job import Stopped
 from magref_jax.training.step import TrainState
 from tests.tiny_model import write_model
@@ -203,6 +204,36 @@ def test_every_clip_of_the_fixed_set_is_validated_on():
         seed=0,
     )
     assert found == [[0, 1, 2, 3, 4, 5, 6, 7], [8], [9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("size", "change", "message"),
+    [
+        ((24, 32), {}, None),
+        ((24, 30), {}, "there are clips of 30x24 pixels: width=30 must be a positive multiple of"),
+        ((24, 32), {"clean_latents": (3, 3, 4, 99)}, "record 'r': its clean_latents have the shape (3, 3, 4, 99)"),
+        ((24, 32), {"text_embeddings": (MODEL.dit.text_len, 99)}, "record 'r': its text_embeddings have the shape"),
+        ((24, 32), {"image_embeddings": (5, 99)}, "record 'r': its image_embeddings have the shape (5, 99)"),
+        ((24, 32), {"reference_latents": None}, "record 'r': its reference_latents have the shape (), which must end"),
+    ],
+)
+def test_records_of_another_size_or_model_are_refused_by_name(size, change, message):
+    height, width = size
+    stride, channels = MODEL.vae.spatial_stride, MODEL.vae.latent_channels
+    latents = (3, height // stride, width // stride, channels)
+    shapes = {
+        "clean_latents": latents,
+        "reference_latents": latents,
+        "text_embeddings": (MODEL.dit.text_len, MODEL.dit.text_dim),
+        "image_embeddings": (5, MODEL.dit.image_dim),
+    } | change
+    row = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if shape is not None}
+    record = type("Record", (), {"id": "r", "cases": (row,), "height": height, "width": width})()
+    source = type("Source", (), {"sizes": [(5, height, width)], "__getitem__": lambda self, i: record})()
+    if message is None:
+        return check_records(MODEL, source, lambda record, rng: row)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_records(MODEL, source, lambda record, rng: row)
 
 
 class AnyRun(_Run):
