@@ -276,7 +276,9 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     """Checks all that was asked for and reads no weights; ends the program if anything is wrong."""
     # First what concerns all cases: with wrong options, every line would repeat what is wrong with them.
     config = checks.attempt(f"--model {arguments.model}", load_model_config, arguments.model)
-    tokenizer = config and checks.attempt(f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model)
+    tokenizer = config and checks.attempt(
+        f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model, config
+    )
     overrides = {} if config is None else read_overrides(arguments, config, checks)
     loras = [] if config is None else read_loras(arguments, config, checks)
     shape = arguments.mesh or ("fsdp=-1" if jax.process_count() > 1 else "")

@@ -25,12 +25,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from magref_jax.config import ModelConfig, load_model_config
+from magref_jax.config import NETWORKS, ModelConfig, load_model_config
 from magref_jax.distributed import is_first, on_first
 
 Params = Any
 
-NETWORKS = ("dit", "vae", "text_encoder", "image_encoder")
 MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 2**25  # at most, of what is written: what a device reads of a parameter that is cut over many
 READERS = 16  # chunks that are read at a time; each is in memory up to three times: as stored, decoded, as it is read
@@ -333,8 +332,10 @@ def restore_model(
         FileNotFoundError: the folder or a network is missing.
         ValueError: a file differs from the manifest, or parameters from the config.
     """
-    verify_manifest(folder, contents=False)
     config = load_model_config(folder)
+    verify_manifest(folder, contents=False)
+    if missing := [name for name in abstract_params if not (folder / name).is_dir()]:
+        raise FileNotFoundError(f"{folder / missing[0]} does not exist; expected the parameters of a network there.")
     # Contents are read twice, to compare and to compute with, at the same time. Of several processes the first one compares,
     # and where that fails they all end.
     with concurrent.futures.ThreadPoolExecutor(1) as other:

@@ -10,12 +10,18 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
+import numbers
 import pathlib
 import types
 import typing
+from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from magref_jax.command import check_local
+from magref_jax.descriptions import describe
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
@@ -24,6 +30,17 @@ MaskMode = Literal["region", "full"]
 # How the DiT sees the canvas: channels beside the noise, with the region mask; or a latent frame of tokens ahead of the clip.
 ReferenceConcat = Literal["channel", "token"]
 ContextParallel = Literal["auto", "ulysses", "ring"]
+NETWORKS = ("dit", "vae", "text_encoder", "image_encoder")  # fields of `ModelConfig`, and folders of a model folder
+MASK_CHANNELS = 4  # of the region mask, in the DiT's input
+
+
+def _check_positive(config: Any, but: Collection[str] = ()) -> None:
+    """Refuses sizes and other numbers of a network that are 0 or less; those of `but` may be anything."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name not in but and any(isinstance(x, int | float) and not x > 0 and x is not False for x in values):
+            raise ValueError(f"{type(config).__name__}.{field.name}={value} must be greater than 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +66,7 @@ class DiTConfig:
     context_parallel: ContextParallel = "auto"  # how devices share the tokens of a sample; see models.context_parallel
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
                 f"DiTConfig.dim={self.dim} does not split into num_heads={self.num_heads} heads of even width."
@@ -85,6 +103,7 @@ class VAEConfig:
     convolution: Literal["3d", "taps"] = "3d"  # "taps": a sum of 2-D convolutions, 3x faster than XLA's 3-D one on CPU
 
     def __post_init__(self) -> None:
+        _check_positive(self, but=("latent_mean",))
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
                 f"VAEConfig.temporal_downsample={self.temporal_downsample} needs one entry per stage but the last: "
@@ -128,6 +147,7 @@ class TextEncoderConfig:
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
+        _check_positive(self, but=("relative_offsets",))
         if self.relative_offsets and len(self.relative_offsets) != self.num_heads:
             raise ValueError(
                 f"TextEncoderConfig.relative_offsets={self.relative_offsets} needs one entry per head, or none: "
@@ -148,6 +168,11 @@ class ImageEncoderConfig:
     norm_eps: float = 1e-5
     dtype: DType = "bfloat16"
     remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.dim % self.num_heads:
+            raise ValueError(f"ImageEncoderConfig.dim={self.dim} does not split into num_heads={self.num_heads} heads.")
 
     @property
     def num_tokens(self) -> int:
@@ -199,13 +224,54 @@ class ModelConfig:
                 f"ModelConfig.reference_concat='token' gives the DiT latents alone: DiTConfig.in_channels="
                 f"{self.dit.in_channels} must be VAEConfig.latent_channels={channels}."
             )
+        if self.drop_frames < 0 or not self.fps > 0:
+            raise ValueError(f"ModelConfig.drop_frames={self.drop_frames} must be 0 or more, fps={self.fps} above 0.")
+
+    def check(self, networks: Collection[str] = NETWORKS) -> None:
+        """Refuses networks that do not fit together, or a DiT that nothing here can feed.
+
+        `networks` are those that there are: a folder may get the others later, of other sizes than its config has for them.
+
+        Raises:
+            ValueError: names the two fields, or what the DiT is fed with.
+        """
+        dit, vae, text, image = self.dit, self.vae, self.text_encoder, self.image_encoder
+        channels, given = vae.latent_channels, dit.in_channels
+        fed = {
+            channels: "noise alone, of text-to-video",
+            2 * channels + MASK_CHANNELS: "noise, mask and reference latents, of image-to-video and MAGREF",
+        }
+        if "dit" in networks and given not in fed:
+            guess = "What it expects besides is not known here."
+            if given % channels == 0:
+                guess = (
+                    f"{given} is {given // channels} times the latents: probably a control model such as Wan Fun-Control, "
+                    "which also reads a control video."
+                )
+            ways = " or ".join(f"{number} ({what})" for number, what in fed.items())
+            raise ValueError(f"dit.in_channels={given} cannot be fed: must be {ways}. {guess}")
+        image_dim = None if image is None else image.dim
+        facts = [
+            ("dit", "out_channels", dit.out_channels, "vae", "latent_channels", channels),
+            ("dit", "text_dim", dit.text_dim, "text_encoder", "dim", text.dim),
+            ("dit", "image_dim", dit.image_dim, "image_encoder", "dim", image_dim),
+        ]
+        for one, field, value, other, other_field, expected in facts:
+            if one in networks and (other in networks or getattr(self, other) is None) and value != expected:
+                what = f"{other}=None" if getattr(self, other) is None else f"{other}.{other_field}={expected}"
+                raise ValueError(f"{one}.{field}={value} must be {expected} for this model, as {what} is.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        return from_dict(cls, json.loads(text), "config")
+        """Raises ValueError where the text is not what `to_json` writes, with the name of the field."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}.") from None
+        return from_dict(cls, values, "config")
 
 
 def with_dtype(config: ModelConfig, dtype: DType | None) -> ModelConfig:
@@ -229,21 +295,95 @@ def with_dtype(config: ModelConfig, dtype: DType | None) -> ModelConfig:
 T = TypeVar("T")
 
 
-def from_dict(cls: type[T], values: dict[str, Any], path: str) -> T:
-    """Builds a (nested) config dataclass from plain JSON values; an unknown name is an error that lists the known ones."""
-    hints = typing.get_type_hints(cls)
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def from_dict(cls: type[T], values: Any, path: str) -> T:
+    """Builds a (nested) config dataclass from plain JSON values.
+
+    Raises:
+        ValueError: an unknown name, with the known ones; a missing one; a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}={describe(values)} must be an object with the fields of {cls.__name__}.")
+    hints = _hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{path}: unknown name {unknown[0]!r}; {cls.__name__} has {', '.join(sorted(hints))}.")
+    needed = [field.name for field in dataclasses.fields(cls) if _is_needed(field)]  # pyrefly: ignore[bad-argument-type]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{path}: {missing[0]!r} is missing; {cls.__name__} needs {', '.join(needed)}.")
+    return cls(**{name: conform(hints[name], value, f"{path}.{name}") for name, value in values.items()})
 
-    def build(name: str, value: Any) -> Any:
-        options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        nested = [option for option in options if dataclasses.is_dataclass(option)]
-        if nested and isinstance(value, dict):
-            return from_dict(nested[0], value, f"{path}.{name}")
-        return tuple(value) if isinstance(value, list) else value
 
-    return cls(**{name: build(name, value) for name, value in values.items()})
+def _is_needed(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def conform(hint: Any, value: Any, name: str) -> Any:
+    """The value as `hint` has it: numbers of NumPy as Python's, lists as tuples, objects of JSON as dataclasses.
+
+    Only what loses nothing is taken: 3.0 is no int, True no number, "3" neither; an int is a float.
+
+    Raises:
+        ValueError: a value of another type, or a float that is no finite number.
+    """
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = typing.get_args(hint) if is_union else (hint,)
+    if value is None and types.NoneType in members:
+        return None
+    (option,) = (member for member in members if member is not types.NoneType)  # no config needs more than one
+    if option is Any:
+        return value
+    if dataclasses.is_dataclass(option):
+        return value if isinstance(value, option) else from_dict(option, value, name)  # pyrefly: ignore
+    arguments, or_none = typing.get_args(option), ", or None" if types.NoneType in members else ""
+    if typing.get_origin(option) is Literal:
+        if isinstance(value, str) and value in arguments:
+            return str(value)
+        raise ValueError(f"{name}={describe(value)} is unknown; choose from {', '.join(map(str, arguments))}{or_none}.")
+    if typing.get_origin(option) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={describe(value)} must be a list{or_none}.")
+        if arguments[-1:] == (...,):
+            arguments = arguments[:1] * len(value)
+        if len(arguments) != len(value):
+            raise ValueError(f"{name}={describe(value)} must have {len(arguments)} entries, not {len(value)}.")
+        return tuple(
+            conform(part, entry, f"{name}[{i}]") for i, (part, entry) in enumerate(zip(arguments, value, strict=True))
+        )
+    accepts, convert, expected = _SCALARS[option]
+    if not accepts(value):
+        raise ValueError(f"{name}={describe(value)} must be {expected}{or_none}.")
+    return convert(value)
+
+
+def conform_fields(config: T) -> T:
+    """The dataclass with each field as its type has it.
+
+    Raises:
+        ValueError: as `conform`.
+    """
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # pyrefly: ignore
+    return type(config)(**{name: conform(_hints(type(config))[name], value, name) for name, value in fields.items()})
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+_SCALARS: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
+    bool: (_is_bool, bool, "True or False"),
+    int: (lambda value: isinstance(value, numbers.Integral) and not _is_bool(value), int, "a whole number"),
+    float: (
+        lambda value: isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value),
+        float,
+        "a finite number",
+    ),
+    str: (lambda value: isinstance(value, str), str, "a text"),
+}
 
 
 RELEASED = "magref-14b"  # in place of a model folder: what the released weights are, for plans, which need no weights
@@ -261,13 +401,15 @@ def load_model_config(folder: str | pathlib.Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise (ValueError if folder.exists() and _torch_weights(folder) else FileNotFoundError)(_no_model(folder))
+    present = [name for name in NETWORKS if (folder / name).is_dir()]
     try:
-        return ModelConfig.from_json(path.read_text(encoding="utf-8"))
+        config = ModelConfig.from_json(path.read_text(encoding="utf-8"))
+        config.check(present or NETWORKS)
     except ValueError as error:
         # diffusers and the official code have a config.json too.
-        is_ours = (folder / "dit").is_dir()
-        says = f"{path}: {str(error).removeprefix('config: ')}" if is_ours else _no_model(folder)
+        says = f"{path}: {str(error).removeprefix('config: ')}" if present else _no_model(folder)
         raise ValueError(says) from None
+    return config
 
 
 _PARTS = "config.json, MANIFEST.json, tokenizer/, dit/, vae/, text_encoder/ and, if it takes references, image_encoder/"

@@ -12,21 +12,24 @@ B batch · F H W frames, height, width of a video · f h w of its latents, C the
 import dataclasses
 import functools
 import hashlib
+import importlib
 import math
+import os
 import pathlib
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from PIL import Image
 
+from magref_jax import arguments
 from magref_jax.checkpoint import NETWORKS, Params, restore_model
 from magref_jax.conditioning import canvas
 from magref_jax.conditioning.case import (
@@ -47,10 +50,19 @@ from magref_jax.conditioning.inputs import (
     drop_references,
     drop_text,
 )
-from magref_jax.conditioning.region_mask import MODES
 from magref_jax.conditioning.subjects import Subject, clean_prompt
-from magref_jax.config import DType, ImageEncoderConfig, ModelConfig, SamplingConfig, load_model_config, with_dtype
+from magref_jax.config import (
+    DType,
+    ImageEncoderConfig,
+    ModelConfig,
+    SamplingConfig,
+    conform,
+    conform_fields,
+    load_model_config,
+    with_dtype,
+)
 from magref_jax.convert.lora import Lora, apply_loras, read_lora
+from magref_jax.descriptions import describe, short_repr
 from magref_jax.diffusion.flow import make_schedule
 from magref_jax.diffusion.sampling import (
     FINITE,
@@ -58,6 +70,7 @@ from magref_jax.diffusion.sampling import (
     SamplingState,
     VelocityFn,
     advance,
+    check_plan,
     guidance_branches,
     plan_arrays,
     start,
@@ -72,6 +85,8 @@ from magref_jax.models.layers import LORA
 from magref_jax.models.text_encoder import TextEncoder
 from magref_jax.sharding import PARAM_SPECS, batch_multiple, constrain_batch, on_mesh, param_shardings, shard_batch
 from magref_jax.video import to_uint8
+
+Picture = Image.Image | np.ndarray | Array | str | os.PathLike[str] | Any  # and tensors; see `arguments.picture_of`
 
 # Pixels of a clip from which on the VAE works through it piece by piece. Below, one pass is faster and its memory small.
 STREAM_PIXELS = 2**20
@@ -188,6 +203,7 @@ def velocity_fn(
     return velocity
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model folder in memory; see `load`."""
@@ -199,8 +215,8 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str],
-        references: Sequence[Sequence[Image.Image]],
+        prompts: str | Sequence[str],
+        references: Picture | Sequence[Picture] | Sequence[Sequence[Picture] | None] | None = None,
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -211,24 +227,26 @@ class Model:
         flow_shift: float | None = None,
         solver: str | None = None,
         layout: str | None = None,
-        layout_order: Sequence[Sequence[int] | None] | None = None,
+        layout_order: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
         seed: int = 3407,
         initial_noise: Float[np.ndarray, "B f h w C"] | None = None,
         *,
         mask_mode: str | None = None,
-        subjects: Sequence[Sequence[Subject | str | None]] | None = None,
+        subjects: Sequence[Subject | str | None] | Sequence[Sequence[Subject | str | None] | None] | None = None,
         on_step: Callable[[int], None] | None = None,
         return_trajectory: bool = False,
         step_plan: StepPlan | None = None,
     ) -> "Result":
-        """The videos of B prompts with their references, as one batch.
+        """The videos of B prompts with their references, as one batch; of one prompt, a text alone will do.
 
         What is None is as the model folder's `SamplingConfig` says. For the released weights: 81 frames, 480 x 832 pixels,
         40 steps of "unipc", guidance 5, shift 3, layout "v2", mask mode "region", Wan's negative prompt.
 
         Args:
             prompts: One per video. Their number is part of the compiled shape.
-            references: The images of each video; an empty list for none.
+            references: The pictures of each video, an empty list for none; of a single video the pictures alone will do.
+                PIL images, paths, or arrays and tensors: [H W 3], [H W 4] with alpha, [3 H W], [4 H W] or [H W], uint8 or
+                floats from 0 to 1.
             negative_prompt: What guidance leads away from.
             num_frames: Of the whole clip; the first `drop_frames` show the canvas and are not in the result.
             height: In pixels.
@@ -245,7 +263,7 @@ class Model:
             seed: Video b is a function of the seed and b, whatever else is in the batch.
             initial_noise: In place of noise drawn from the seed.
             mask_mode: "region" marks the references in the DiT's mask, "full" the whole first frame.
-            subjects: `subjects[b][k]` are the words of reference k in prompt b, or None.
+            subjects: `subjects[b][k]` are the words of reference k in prompt b, or None; of a single video a list will do.
             on_step: Called with the index of each finished solver step.
             return_trajectory: Also return the latents and the velocity after every step.
             step_plan: In which steps the network is not evaluated; see `magref_jax.diffusion.step_cache`.
@@ -253,20 +271,31 @@ class Model:
         Raises:
             ValueError: an option or a case that this model cannot take, or lists of different lengths.
         """
-        given = {"references": references, "layout_order": layout_order, "subjects": subjects}
-        for name, values in given.items():
-            if values is not None and len(values) != len(prompts):
-                raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts; give one each.")
+        texts = arguments.text_list(prompts, "prompts")
+        count = None if isinstance(prompts, str) else len(texts)
+
+        def lists(name: str, values: Any, what: str, is_entry: Callable[[Any], bool]) -> list[Any]:
+            per_video = None if values is None else arguments.per_video(values, name, count, what, is_entry)
+            return per_video or [None] * len(texts)
+
+        pictures = [
+            [arguments.picture_of(value, f"references[{b}][{k}]") for k, value in enumerate(of_video or ())]
+            for b, of_video in enumerate(lists("references", references, arguments.PICTURES, arguments.is_picture))
+        ]
+        words = lists(
+            "subjects", subjects, "words of the prompt, or None", lambda x: x is None or isinstance(x, str | Subject)
+        )
+        orders = lists("layout_order", layout_order, "blocks", lambda x: isinstance(x, int | np.integer))
         requests = [
             Request(
                 prompt,
-                images=references[index],
-                subjects=() if subjects is None else subjects[index],
+                images=pictures[index],
+                subjects=words[index] or (),
                 seed=seed,
-                order=None if layout_order is None else _order(layout_order[index], len(references[index])),
+                order=_order(orders[index], len(pictures[index]), f"layout_order[{index}]"),
                 key=str(index),
             )
-            for index, prompt in enumerate(prompts)
+            for index, prompt in enumerate(texts)
         ]
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
@@ -292,11 +321,12 @@ class Model:
         )
 
 
-def _order(blocks: Sequence[int] | None, num_references: int) -> tuple[int | None, ...] | None:
+def _order(blocks: Sequence[int] | None, num_references: int, name: str) -> tuple[int | None, ...] | None:
     """From the block of each reference to the reference of each block, which `Request.order` is."""
     if blocks is None:
         return None
-    reference_of = {int(block): reference for reference, block in enumerate(blocks)}
+    blocks = [conform(int, block, f"{name}[{k}]") for k, block in enumerate(blocks)]
+    reference_of = {block: reference for reference, block in enumerate(blocks)}
     if not len(reference_of) == len(blocks) == num_references or min(reference_of, default=0) < 0:
         raise ValueError(
             f"layout_order has {tuple(blocks)} for {num_references} references; must hold a block of its own for each."
@@ -320,29 +350,67 @@ def load(
         FileNotFoundError: the folder, or a part of it, is missing.
         ValueError: an unknown dtype, a damaged file, or parameters or a LoRA that do not fit the config.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(arguments.path_of(folder, "folder"))
+    arguments.one_of(mesh, "mesh", Mesh, "a jax.sharding.Mesh, such as sharding.make_mesh('fsdp=2') makes")
+    verify = conform(bool, verify, "verify")
+    pairs = [
+        _lora_and_strength(i, pair) for i, pair in enumerate(arguments.list_of(loras, "loras", "(file, strength)"))
+    ]
     config = with_dtype(load_model_config(folder), dtype)
     abstract = place_params(mesh, abstract_params(config))
     found = [
         (lora if isinstance(lora, Lora) else read_lora(lora, config.dit, abstract["dit"]), strength)
-        for lora, strength in loras
+        for lora, strength in pairs
     ]
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > config.text_encoder.vocab_size:  # the lookup would return NaN
-        raise ValueError(
-            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens, more than text_encoder.vocab_size="
-            f"{config.text_encoder.vocab_size}."
-        )
+    tokenizer = load_tokenizer(folder, config)
     _, params = restore_model(folder, abstract, verify=verify)
     if found:
         params["dit"] = apply_loras(params["dit"], found, donate=True)
     return Model(config, params, tokenizer, mesh)
 
 
-def load_tokenizer(folder: pathlib.Path) -> Any:
-    if not (folder / "tokenizer").is_dir():  # transformers would take a missing folder for the name of a download
-        raise FileNotFoundError(f"{folder / 'tokenizer'} does not exist; expected the files of a tokenizer there.")
-    return transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+def _lora_and_strength(index: int, pair: Any) -> tuple[Lora | pathlib.Path, float]:
+    name = f"loras[{index}]"
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{name}={describe(pair)} must be a pair, of a file and a strength.")
+    lora, strength = pair
+    file = lora if isinstance(lora, Lora) else pathlib.Path(arguments.path_of(lora, f"{name}[0]"))
+    return file, conform(float, strength, f"{name}[1]")
+
+
+def load_tokenizer(folder: pathlib.Path, config: ModelConfig | None = None) -> Any:
+    """The tokenizer of a model folder, for the text encoder of `config`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its files cannot be read, or it has more tokens than the text encoder.
+    """
+    path = folder / "tokenizer"
+    if not path.is_dir():  # transformers would take a missing folder for the name of a download
+        raise FileNotFoundError(f"{path} does not exist; expected the files of a tokenizer there.")
+    transformers = import_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # of whatever type the library that reads the damaged file has for it
+        raise ValueError(f"{path} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    if config is not None and len(tokenizer) > config.text_encoder.vocab_size:  # the lookup would return NaN
+        raise ValueError(
+            f"{path} has {len(tokenizer)} tokens, more than text_encoder.vocab_size={config.text_encoder.vocab_size}."
+        )
+    return tokenizer
+
+
+def import_transformers() -> types.ModuleType:
+    """The library, without its advice that there is no PyTorch, which nothing here needs."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # what the library itself asks before it gives advice
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def place_params(mesh: Mesh | None, abstract: dict[str, Params]) -> dict[str, Params]:
@@ -360,6 +428,7 @@ def _param_shardings(mesh: Mesh, params: dict[str, Params]) -> dict[str, Params]
     return {name: param_shardings(mesh, tree, PARAM_SPECS[name]) for name, tree in params.items()}
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One video to make. `subjects[i]` are the words of reference i in the prompt, or None.
@@ -369,7 +438,7 @@ class Request:
     """
 
     prompt: str
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image] = ()  # or of what else `arguments.picture_of` takes
     subjects: Sequence[Subject | str | None] = ()
     seed: int = 0
     order: canvas.Order | None = None
@@ -377,7 +446,30 @@ class Request:
     roles: Sequence[canvas.Role] = ()
     negative_prompt: str | None = None  # that of the sampling options if None
 
+    def __post_init__(self) -> None:
+        checked = {
+            "prompt": conform(str, self.prompt, "prompt"),
+            "images": tuple(
+                arguments.picture_of(image, f"images[{i}]")
+                for i, image in enumerate(arguments.list_of(self.images, "images", arguments.PICTURES))
+            ),
+            "subjects": tuple(
+                arguments.one_of(subject, f"subjects[{i}]", (str, Subject), "words of the prompt, or a Subject")
+                for i, subject in enumerate(
+                    arguments.list_of(self.subjects, "subjects", "words of the prompt, or None")
+                )
+            ),
+            "seed": arguments.seed_of(self.seed),
+            "order": arguments.order_of(self.order, "order"),
+            "key": conform(str, self.key, "key"),
+            "roles": tuple(arguments.list_of(self.roles, "roles", "'subject' or 'background'")),
+            "negative_prompt": conform(str | None, self.negative_prompt, "negative_prompt"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
+
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
     """A finished video, and the case it answers. `failure` says why the frames mean nothing, if they do not."""
@@ -387,6 +479,7 @@ class Video:
     failure: str | None = None
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
     """The finished videos of one batch: as arrays, or one by one when iterated over."""
@@ -425,7 +518,8 @@ def with_sampling(config: ModelConfig, **overrides: Any) -> ModelConfig:
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a sampling option; there are {', '.join(known)}.")
-    sampling = dataclasses.replace(config.sampling, **overrides)
+    sampling = conform_fields(dataclasses.replace(config.sampling, **overrides))
+    config.check()
     check_size(config, sampling.num_frames, sampling.height, sampling.width)
     if sampling.num_frames <= config.drop_frames:
         raise ValueError(
@@ -433,16 +527,10 @@ def with_sampling(config: ModelConfig, **overrides: Any) -> ModelConfig:
             "the canvas and are dropped."
         )
     make_schedule(sampling.solver, sampling.num_inference_steps, sampling.flow_shift)
-    for name in ("guidance_scale", "reference_guidance_scale"):
-        if not math.isfinite(getattr(sampling, name) or 0):
-            raise ValueError(f"{name}={getattr(sampling, name)} must be a finite number.")
     if "blank" in guidance(dataclasses.replace(config, sampling=sampling)) and not takes_references(config):
         raise ValueError(
             f"reference_guidance_scale={sampling.reference_guidance_scale} must be 1: this is a text-to-video model."
         )
-    for name, allowed in (("layout", canvas.LIMITS), ("mask_mode", MODES)):
-        if getattr(sampling, name) not in allowed:
-            raise ValueError(f"{name}={getattr(sampling, name)!r} is unknown; choose from {', '.join(allowed)}.")
     return dataclasses.replace(config, sampling=sampling)
 
 
@@ -497,6 +585,7 @@ def count_text_tokens(config: ModelConfig, lengths: Iterable[int]) -> int:
     return min(-(-needed // TEXT_BUCKET) * TEXT_BUCKET, config.dit.text_len)
 
 
+@short_repr
 @struct.dataclass
 class DiTInputs:
     """What every step reads besides noise and time, of K·B samples: the branches of guidance one after the other."""
@@ -632,17 +721,20 @@ def _prepare_batch(
             *(int(text["attention_mask"].sum()) for text in negatives),
         ],
     )
-    text_tokens = needed if text_tokens is None else text_tokens
+    text_tokens = arguments.count_of(text_tokens, "text_tokens") or needed
     if not needed <= text_tokens <= config.dit.text_len:
         raise ValueError(f"text_tokens={text_tokens} must be {needed} to {config.dit.text_len} for these prompts.")
     if initial_noise is None:
         noise = [draw_noise(config, request) for request in requests]
-    elif np.shape(initial_noise) == (expected := (len(requests), *_latent_shape(config))):
-        noise = list(np.asarray(initial_noise, np.float32))
     else:
-        raise ValueError(f"initial_noise has shape {np.shape(initial_noise)}, expected {expected}.")
+        given, expected = arguments.array_of(initial_noise, "initial_noise"), (len(requests), *_latent_shape(config))
+        if given.shape != expected:
+            raise ValueError(f"initial_noise has shape {given.shape}, expected {expected}.")
+        if not jax.dtypes.issubdtype(given.dtype, np.floating):
+            raise ValueError(f"initial_noise has dtype {given.dtype}, expected floats.")
+        noise = list(given.astype(np.float32))
 
-    rows = max(len(requests), batch_size or 1)
+    rows = max(len(requests), arguments.count_of(batch_size, "batch_size") or 1)
     rows += -rows % batch_multiple(mesh, len(guidance(config)))
     chosen = [min(row, len(requests) - 1) for row in range(rows)]
     arrays = stack_cases([cases[row] for row in chosen])
@@ -680,7 +772,7 @@ def lower(
 
 def generate(
     model: Model,
-    requests: Sequence[Request],
+    requests: Request | Sequence[Request],
     *,
     initial_noise: Float[np.ndarray, "B f h w C"] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -690,7 +782,7 @@ def generate(
     text_tokens: int | None = None,
     **overrides: Any,
 ) -> Result:
-    """The videos of the requests, as one batch: `Model.generate` with a seed, an order and a key for each.
+    """The videos of one or more requests, as one batch: `Model.generate` with a seed, an order and a key for each.
 
     Requests of one size share one compilation, if `text_tokens` is the same (see `count_text_tokens`; by default as many as
     these requests need). A batch of fewer than `batch_size` is filled up, and so is one that the mesh does not divide.
@@ -699,7 +791,16 @@ def generate(
     Raises:
         ValueError: an option or a request that this model cannot take, no request, or noise of a wrong shape.
     """
+    requests = [requests] if isinstance(requests, Request) else arguments.list_of(requests, "requests", "Requests")
+    for i, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise ValueError(f"requests[{i}]={describe(request)} must be a Request.")
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step={describe(on_step)} must be a function of the step's index, or None.")
+    return_trajectory = conform(bool, return_trajectory, "return_trajectory")
     config = with_sampling(model.config, **overrides)
+    arguments.one_of(step_plan, "step_plan", StepPlan, "a StepPlan")
+    check_plan(step_plan, config.sampling.num_inference_steps)
     cases, arrays, noise = _prepare_batch(
         config, model.tokenizer, requests, initial_noise, model.mesh, batch_size, text_tokens
     )

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from magref_jax import images
+from magref_jax.arguments import MAX_SEED
 from magref_jax.command import check_local, sentence
 from magref_jax.conditioning.canvas import PLACEMENTS, Role, fitted_size, layout_cells
 from magref_jax.conditioning.subjects import Subject, clean_prompt, find_words, occurrences
@@ -38,7 +39,6 @@ from magref_jax.files import read_text
 MAX_KEY = 120  # bytes of a file name, which may have 255
 MAX_BYTES = 64 * 2**20  # of a prompt file; 10,000 long prompts are 20 MB
 MAX_TEXT = 20_000  # characters of a field; the text encoder reads 512 tokens
-MAX_SEED = 2**63 - 1
 SHOWN = 50  # problems; whoever has more will not read them
 MAX_COUNT = 100_000  # frames or pixels along one side, before a model says what it takes
 

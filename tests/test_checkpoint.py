@@ -30,7 +30,7 @@ from tests.tiny_model import WORDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-CONFIG = ModelConfig(dit=DiTConfig(dim=24, num_heads=2), image_encoder=None)
+CONFIG = ModelConfig(dit=DiTConfig(dim=24, num_heads=2, image_dim=None), image_encoder=None)
 PARAMS = {
     "dit": {"up": {"kernel": jnp.arange(12.0).reshape(3, 4) / 7}, "scale": jnp.ones(5)},
     "vae": {"conv": {"kernel": jnp.full((2, 2), 1 / 3)}},

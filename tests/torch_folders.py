@@ -19,7 +19,7 @@ from tests.parity.torch_random import random_tensors
 Tensors = dict[str, torch.Tensor]
 
 CONFIG = ModelConfig(
-    dit=DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, text_dim=20, text_len=16, image_dim=28, freq_dim=16),
+    dit=DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, text_dim=20, text_len=16, image_dim=160, freq_dim=16),
     vae=VAEConfig(base_dim=4, dim_multipliers=(1, 2, 4), num_res_blocks=1, temporal_downsample=(False, True)),
     text_encoder=TextEncoderConfig(vocab_size=64, dim=20, ffn_dim=24, num_heads=3, head_dim=8, num_layers=2),
     # 80 per head, as in ViT-H: files of single networks do not say how many heads there are.

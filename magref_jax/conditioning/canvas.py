@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from magref_jax.config import Layout
+from magref_jax.descriptions import short_repr
 from magref_jax.images import WHITE, to_rgb
 
 Box = tuple[int, int, int, int]
@@ -30,6 +31,7 @@ COLUMNS = {0: (), 1: (1,), 2: (0, 1), 3: (0, 1, 2)}
 LIMITS: dict[Layout, int] = {"v1": max(COLUMNS), "v2": max(GRIDS)}
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Canvas:
     """A composed canvas. `regions[i]` is where reference i itself lies, `cells[i]` adds the white around it.

@@ -19,8 +19,10 @@ from magref_jax.conditioning.inputs import Conditioning, canvas_frames, zero_pad
 from magref_jax.conditioning.region_mask import patch_regions, region_mask
 from magref_jax.conditioning.subjects import Subject, clean_prompt, subject_tokens
 from magref_jax.config import Layout, ModelConfig
+from magref_jax.descriptions import short_repr
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A prepared case. T text tokens, S subject slots, F/h/w latent frames, height, width, L0 tokens of latent frame 0."""

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
+from magref_jax.descriptions import short_repr
+
 # uint8 -> [-1, 1]. A table: XLA divides by 255 inexactly, which moves most values by one unit in the last place.
 _UNIT_RANGE = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
 
+@short_repr
 @flax.struct.dataclass
 class Conditioning:
     """Everything besides noise and time. `None`: this model has no such input, or no subjects are injected."""

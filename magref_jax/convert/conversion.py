@@ -30,6 +30,7 @@ from magref_jax.convert.rules import Filling, Rule, flatten, match
 from magref_jax.convert.sources import Network, ScaledTensor, Source, Tensor, check_file
 from magref_jax.convert.text_encoder import text_encoder_rules
 from magref_jax.convert.vae import vae_rules
+from magref_jax.descriptions import short_repr
 
 RULES: Mapping[str, Callable[..., Sequence[Rule]]] = {
     "dit": dit_rules,
@@ -43,6 +44,7 @@ PRECISE = re.compile(r"vae/.*|.*(norm|modulation|time_|head/|(class|position)_em
 TOKENIZER_FILES = (".json", ".model", ".txt")
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Part:
     """How one network is converted."""
@@ -60,6 +62,7 @@ class Part:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.abstract.values())
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Plan:
     config: ModelConfig
@@ -92,6 +95,7 @@ def make_plan(
     Raises:
         ValueError: names or shapes do not fit, with the names; or a dtype that no weight has.
     """
+    config.check(source.networks.keys())
     parts, problems = [], []
     for name in NETWORKS:
         if name not in source.networks:
@@ -200,6 +204,7 @@ def run(
     out = out.absolute()
     names = [part.network.name for part in plan.parts]
     existing = _existing(out, names)
+    config = plan.config if existing is None else _joined(plan.config, existing, out, names)
     partial = out.with_name(f".{out.name}.partial")
     _check_partial(partial, _note(out), plan, resume)
     todo = [part for part in plan.parts if not (partial / part.network.name).is_dir()]
@@ -231,12 +236,7 @@ def run(
         for file in sorted(plan.tokenizer.iterdir()):
             if file.is_file() and file.suffix in TOKENIZER_FILES:
                 shutil.copyfile(file, partial / "tokenizer" / file.name)
-    config = plan.config
     if existing is not None:
-        kept = {name: getattr(existing, name) for name in NETWORKS if (out / name).is_dir()}
-        # What belongs to no network alone, such as the frames to drop, comes with the DiT.
-        rest = plan.config if "dit" in names else existing
-        config = dataclasses.replace(rest, **kept, **{name: getattr(plan.config, name) for name in names})
         for child in sorted(out.iterdir()):
             if child.is_dir() and not (partial / child.name).exists():
                 shutil.copytree(child, partial / child.name, copy_function=_link)
@@ -251,6 +251,19 @@ def run(
     _note(out).unlink()
     shutil.rmtree(_old(out), ignore_errors=True)
     return warnings
+
+
+def _joined(config: ModelConfig, existing: ModelConfig, out: pathlib.Path, names: Sequence[str]) -> ModelConfig:
+    """The config of a model folder that gets the networks of `names`; refuses those that do not fit what it has."""
+    kept = {name: getattr(existing, name) for name in NETWORKS if (out / name).is_dir()}
+    # What belongs to no network alone, such as the frames to drop, comes with the DiT.
+    rest = config if "dit" in names else existing
+    joined = dataclasses.replace(rest, **kept, **{name: getattr(config, name) for name in names})
+    try:
+        joined.check([*kept, *names])
+    except ValueError as error:
+        raise ValueError(f"OUT {out} holds {', '.join(kept)} already: {error}") from None
+    return joined
 
 
 def _old(out: pathlib.Path) -> pathlib.Path:

@@ -36,6 +36,7 @@ from magref_jax.convert.tensor_files import (
     safetensors_metadata,
     write_safetensors,
 )
+from magref_jax.descriptions import short_repr
 from magref_jax.files import read_text
 from magref_jax.models.adapters import LoraConfig
 
@@ -112,6 +113,7 @@ INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga"
 PATCH_KERNEL = "patch_embedding/kernel"
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
     """alpha / rank · up @ down, in torch's axis order and the dtypes of the file. Without an alpha the factor is 1."""
@@ -135,6 +137,7 @@ class LowRank:
         return float(self.rank if self.alpha is None else self.alpha.item())
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
     """scale · array, in our axis order and the dtype of the file."""
@@ -143,6 +146,7 @@ class Difference:
     scale: float = 1.0  # other than 1 for the bias of a PEFT pair, which is scaled as the pair is
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
     """What is added to the parameter of this slash-separated path, or to one layer of it."""
@@ -152,6 +156,7 @@ class Delta:
     value: LowRank | Difference
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
     """The content of a file, and which of its keys found a place in the model."""
@@ -525,6 +530,7 @@ def _rules(config: DiTConfig, layout: Layout) -> dict[str, Rule]:
     return {rule.flax_paths[0]: rule for rule in dit_rules(config, layout) if rule.flax_paths}
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Term:
     """scale · up @ down of a linear layer, or scale · array; our axis order, float32 only when asked for."""

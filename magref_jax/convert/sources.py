@@ -18,6 +18,7 @@ from magref_jax.checkpoint import file_digest
 from magref_jax.config import DType, ModelConfig, VAEConfig, from_dict
 from magref_jax.convert.rules import Layout
 from magref_jax.convert.tensor_files import StoredTensor, check_pth, read_pth, read_safetensors
+from magref_jax.descriptions import short_repr
 
 
 class Tensor(Protocol):
@@ -32,6 +33,7 @@ class Tensor(Protocol):
     def read(self) -> np.ndarray: ...
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Network:
     """One network as it lies there. Names are those of its layout, without prefixes; 8-bit floats come with their scales."""
@@ -43,6 +45,7 @@ class Network:
     config: dict[str, Any]  # fields of its config dataclass that shapes and config.json tell
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Source:
     networks: dict[str, Network]

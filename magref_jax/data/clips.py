@@ -26,6 +26,7 @@ from magref_jax.conditioning.region_mask import region_mask
 from magref_jax.conditioning.subjects import Subject, clean_prompt
 from magref_jax.config import Layout, ModelConfig
 from magref_jax.data.records import Caption, ClipRecord, ReferenceRecord, Size, Source, View
+from magref_jax.descriptions import short_repr
 from magref_jax.images import FORMATS, WHITE
 from magref_jax.video import read_frames
 
@@ -50,6 +51,7 @@ class Choice:
             raise ValueError(f"Choice.num_subjects={self.num_subjects} must be in 1..{LIMITS['v2']}.")
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
     """A case, the frames to train toward, and the latent cells where a subject is in them."""

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from magref_jax.descriptions import short_repr
+
 Array = np.ndarray
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -28,6 +30,7 @@ class Identity:
     group: str
 
 
+@short_repr
 @dataclass(frozen=True)
 class Atlas:
     """Drawings of every identity in every style, straight alpha; sprite = sprites[identity * len(styles) + style]."""
@@ -442,6 +445,7 @@ PLACEMENT_TRIES = 50
 TEMPLATES = ("{subjects} {place}", "{place}, {subjects}", "a video of {subjects} {place}")
 
 
+@short_repr
 @dataclass(frozen=True)
 class Reference:
     """A reference image with the words of the caption it shows.
@@ -459,6 +463,7 @@ class Reference:
     variant: str
 
 
+@short_repr
 @dataclass(frozen=True)
 class SubjectTruth:
     """What a subject is and does in the video; boxes are (x0, y0, x1, y1) per frame, ends exclusive."""
@@ -470,6 +475,7 @@ class SubjectTruth:
     boxes: Int[Array, "T 4"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Clip:
     """One sample: subjects in caption order, references in the same order with the background last."""

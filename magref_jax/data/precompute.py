@@ -251,7 +251,7 @@ def main() -> None:
             raise ValueError(f"part={arguments.part!r} must be K/N, such as 0/8.")
         source = open_records(arguments.records)
         config = load_model_config(arguments.model)
-        tokenizer = pipeline.load_tokenizer(arguments.model)
+        tokenizer = pipeline.load_tokenizer(arguments.model, config)
         mesh = make_mesh(arguments.mesh)
         abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
         abstract.pop("dit")

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, UInt8
 
 from magref_jax.checkpoint import file_digest
 from magref_jax.conditioning.canvas import Role
+from magref_jax.descriptions import short_repr
 from magref_jax.files import remove_leftovers, replacing
 
 Origin = Literal["in_pair", "cross_clip", "generated"]  # cut from this clip, from another one, or made from a view
@@ -46,6 +47,7 @@ class ReferenceRecord:
     identity: str = ""  # equal for one thing in several clips; "": not known
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caption:
     text: str
@@ -53,6 +55,7 @@ class Caption:
     embeddings: Float[np.ndarray, "T D"] | None = None  # of the text encoder, without padding
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
     """The encoder's posterior over normalised latents: mean + std · ε is a sample."""
@@ -61,6 +64,7 @@ class Latents:
     std: Float[np.ndarray, "F h w C"]
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedCase:
     """One caption with one choice of views on one canvas, after the frozen encoders: what a training step reads.
@@ -79,6 +83,7 @@ class EncodedCase:
     subject_regions: Float[np.ndarray, "S L0"]
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipRecord:
     """A clip. It has `frames`, `video` or `latents`; `cases` once it was encoded."""

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from magref_jax.descriptions import short_repr
+
 Distribution = Literal["uniform", "logit_normal"]
 Weighting = Literal["none", "bsmntw"]
 Sigmas = TypeVar("Sigmas", bound=np.ndarray | jax.Array)
@@ -32,6 +34,7 @@ def shift_sigmas(sigmas: Sigmas, flow_shift: float) -> Sigmas:
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)  # pyrefly: ignore[bad-return]
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The noise levels of one sampling run and the timestep the model is told at each; host arrays."""

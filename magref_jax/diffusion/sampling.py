@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
+from magref_jax.descriptions import short_repr
 from magref_jax.diffusion.flow import Schedule
 from magref_jax.diffusion.solvers import SOLVERS
 from magref_jax.diffusion.step_cache import StepPlan
@@ -28,6 +29,7 @@ VelocityFn: TypeAlias = Callable[[Float[Array, "B *rest"], Float[Array, "B"]], F
 FINITE = -1  # `SamplingState.failed_step` of a sample that is well
 
 
+@short_repr
 @struct.dataclass
 class SamplingState:
     """A sampling run between two steps."""
@@ -50,6 +52,12 @@ class PlanArrays(NamedTuple):
 
     evaluate: Bool[np.ndarray | Array, "N"]
     weights: Float[np.ndarray | Array, "N 2"]
+
+
+def check_plan(plan: StepPlan | PlanArrays | None, num_steps: int) -> None:
+    """Refuses a plan for another number of solver steps."""
+    if plan is not None and len(plan.evaluate) != num_steps:
+        raise ValueError(f"step_plan is for {len(plan.evaluate)} steps, the schedule has {num_steps}.")
 
 
 def plan_arrays(plan: StepPlan | None) -> PlanArrays | None:
@@ -174,8 +182,7 @@ def _step_fn(
     if guidance is not None:
         velocity_fn = guide(velocity_fn, guidance)
     num_steps, rule = schedule.num_inference_steps, SOLVERS[solver]
-    if step_plan is not None and len(step_plan.evaluate) != num_steps:
-        raise ValueError(f"step_plan is for {len(step_plan.evaluate)} steps, the schedule has {num_steps}.")
+    check_plan(step_plan, num_steps)
     plan = plan_arrays(step_plan) if isinstance(step_plan, StepPlan) else step_plan
     tables = jax.tree.map(jnp.asarray, (schedule.timesteps, rule.coefficients(schedule)))
 

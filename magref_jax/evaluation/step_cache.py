@@ -23,6 +23,7 @@ from tqdm import tqdm
 from magref_jax import images, pipeline
 from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip
+from magref_jax.descriptions import short_repr
 from magref_jax.diffusion.step_cache import KEEP_FIRST, MAX_SKIPS, Measured, StepPlan, StepTable, plan_steps
 from magref_jax.evaluation.emoji_benchmark import make_request, of_model_size
 from magref_jax.files import replacing
@@ -152,6 +153,7 @@ def make_requests(arguments: Arguments, config: ModelConfig) -> list[pipeline.Re
     return read_requests(arguments.prompts, config, arguments.cases, arguments.seed)
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """All cases, made in one way."""

@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Real
 
 from magref_jax.config import DiTConfig
+from magref_jax.descriptions import short_repr
 from magref_jax.models.attention import FULL, AttentionStructure
 from magref_jax.models.context_parallel import cross_attention, self_attention
 from magref_jax.models.layers import (
@@ -37,6 +38,7 @@ from magref_jax.sharding import constrain, current_mesh
 Rotations = tuple[Float[Array, "L K//2"], Float[Array, "L K//2"]]
 
 
+@short_repr
 @struct.dataclass
 class SubjectInjection:
     """Where the subjects are: in the prompt and in latent frame 0, whose tokens number L0. An unused subject is all zeros."""
@@ -45,6 +47,7 @@ class SubjectInjection:
     regions: Float[Array, "B S L0"]  # 1 where the video token lies in the subject's region
 
 
+@short_repr
 @struct.dataclass
 class KeysValues:
     """What an attention reads of its context, heads not yet split. Keys are normalised."""
@@ -53,6 +56,7 @@ class KeysValues:
     value: Float[Array, "*N B T D"]
 
 
+@short_repr
 @struct.dataclass
 class Context:
     """Keys and values of prompt and canvas in every layer: what no step of the sampling changes."""
@@ -61,6 +65,7 @@ class Context:
     image: KeysValues | None
 
 
+@short_repr
 @struct.dataclass
 class VideoTokens:
     """What the tokens of all layers have in common."""

@@ -25,6 +25,7 @@ from magref_jax.data import clips
 from magref_jax.data.emoji_records import EmojiSource
 from magref_jax.data.precompute import encode_batch, precompute
 from magref_jax.data.records import ClipRecord, Source, open_records
+from magref_jax.descriptions import short_repr
 from magref_jax.distributed import batch_share, is_first, on_first, on_host, shard_rows
 from magref_jax.models.adapters import LoraConfig, init_lora, scale_lora
 from magref_jax.sharding import PARAM_SPECS, ParamSpecs, on_mesh, shard_batch
@@ -44,7 +45,7 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept)
     task = config.task
     assert isinstance(task, DiTTask)
     model = model_config(task)
-    tokenizer = pipeline.load_tokenizer(task.folder)
+    tokenizer = pipeline.load_tokenizer(task.folder, model)
     training_clips, validation_clips = open_sources(task, config.seed)
     make = functools.partial(make_row, model, tokenizer, task)
     # What cannot be trained is refused before weights are read: batches that cannot be filled, records that do not fit.
@@ -100,6 +101,7 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept)
 Join = Callable[[Params, Params], tuple[Params, Params | None]]  # (trained, frozen) -> (DiT, LoRA)
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
     """What the functions of a job share."""
@@ -227,12 +229,14 @@ def model_config(task: DiTTask) -> ModelConfig:
     if task.model is None:
         return stored
     has_images = task.model.dit.image_dim is not None
-    return dataclasses.replace(
+    model = dataclasses.replace(
         task.model,
         vae=stored.vae,
         text_encoder=stored.text_encoder,
         image_encoder=stored.image_encoder if has_images else None,
     )
+    model.check()
+    return model
 
 
 def open_sources(task: DiTTask, seed: int) -> tuple[Source, Source | None]:

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from magref_jax.checkpoint import Params
+from magref_jax.descriptions import short_repr
 from magref_jax.sharding import ParamSpecs
 from magref_jax.training.monitor import Work
 from magref_jax.training.step import LossFn
@@ -63,6 +64,7 @@ class SameBatch:
         self._batches.close()
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Videos of fixed cases, and a contact sheet of them with references and canvases."""
@@ -72,6 +74,7 @@ class Samples:
     fps: float
 
 
+@short_repr
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A task that was opened: its files are read, its parameters are on the mesh, its batches can be drawn."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from magref_jax.checkpoint import Params
 from magref_jax.conditioning.inputs import Conditioning, drop_references, drop_text
 from magref_jax.config import ModelConfig, VAEConfig
+from magref_jax.descriptions import short_repr
 from magref_jax.diffusion import flow
 from magref_jax.models import vae
 from magref_jax.pipeline import velocity_fn
@@ -17,6 +18,7 @@ from magref_jax.training.config import ObjectiveConfig
 from magref_jax.training.step import Sums
 
 
+@short_repr
 @flax.struct.dataclass
 class Batch:
     """Clean latents, where the subjects are in them, and what they are conditioned on."""
@@ -27,6 +29,7 @@ class Batch:
     frame_positions: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of the latent frames in their clips
 
 
+@short_repr
 @flax.struct.dataclass
 class Null:
     """What dropped conditioning is replaced by, without a batch axis."""

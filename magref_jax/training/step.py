@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, Key
 
 from magref_jax.checkpoint import Params
+from magref_jax.descriptions import short_repr
 from magref_jax.sharding import ParamSpecs, param_shardings
 
 # Sums over a batch and what to divide them by. Parts of a batch add up, whatever each of them weighs; the denominators do not
@@ -27,6 +28,7 @@ LossFn = Callable[[Params, Any, Any, Key[Array, "B"]], Sums]  # (trained, frozen
 Metrics = dict[str, Array]
 
 
+@short_repr
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes. Parameters and their moments are float32."""

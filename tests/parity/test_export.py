@@ -73,7 +73,7 @@ MODELS = {
 }
 RUN = {
     "dit": lambda model: (
-        model(random(1, 36, 2, 4, 4), torch.tensor([500.0]), random(1, 512, 20), random(1, 5, 28)).sample
+        model(random(1, 36, 2, 4, 4), torch.tensor([500.0]), random(1, 512, 20), random(1, 5, 160)).sample
     ),
     "vae": lambda model: model.encode(random(1, 3, 5, 16, 16)).latent_dist.mean,
     "text_encoder": lambda model: model(torch.arange(1, 9)[None]).last_hidden_state,
