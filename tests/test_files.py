@@ -1,6 +1,7 @@
 """Text that people saved with whatever their editor does: read, or refused by file, line and encoding; files that are written whole."""
 
 import errno
+import os
 import re
 
 import pytest
@@ -45,3 +46,25 @@ def test_what_a_full_disk_says_has_the_name_of_the_file(tmp_path):
     assert raised.value.filename == str(tmp_path / "a.txt")
     assert sentence(raised.value) == f"{tmp_path / 'a.txt'}: No space left on device"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    # A power loss cannot be had in a test: what the system is asked for, in order, can.
+    asked = []
+
+    def fsync(descriptor: int) -> None:
+        asked.append(("flush", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        flush(descriptor)
+
+    def replace(source: os.PathLike, target: os.PathLike) -> None:
+        asked.append(("name", os.stat(source).st_ino, os.stat(source).st_size))
+        move(source, target)
+
+    flush, move = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with replacing(tmp_path / "a.txt") as part:
+        part.write_text("all of it")
+    assert (tmp_path / "a.txt").read_text() == "all of it"
+    status = (tmp_path / "a.txt").stat()
+    assert asked == [("flush", status.st_ino, 9), ("name", status.st_ino, 9)]

@@ -75,8 +75,8 @@ def test_guided_velocity_is_float32(noise):
     u = jnp.full(noise.shape, 0.3, jnp.bfloat16)
     velocity_fn = stacked(lambda latents, timesteps: c, lambda latents, timesteps: u)
     found = guide(velocity_fn, guidance_branches(7.5))(noise, jnp.ones(8))
-    assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, 7.5 * c.astype(jnp.float32) - 6.5 * u.astype(jnp.float32), rtol=1e-6)
+    assert found.dtype == jnp.float32
 
 
 def test_three_branches_are_combined_by_their_weights_in_one_evaluation(noise):

@@ -210,6 +210,10 @@ def test_channel_norm():
         expected = math.sqrt(2) * np.array([3, -8]) * size / max(5 * size, 1e-12)
         np.testing.assert_allclose(y.ravel(), expected, rtol=1e-5)
 
+    # In bfloat16 the sum of these squares would end at 256.
+    many = norm.apply({"params": {"scale": jnp.ones(1024)}}, jnp.ones((1, 1, 1, 1, 1024), jnp.bfloat16))
+    np.testing.assert_array_equal(many, np.ones((1, 1, 1, 1, 1024)))
+
     zeros = jnp.zeros((1, 1, 1, 1, 2))
     np.testing.assert_array_equal(norm.apply(scale, zeros), zeros)
     for gradient in jax.tree.leaves(jax.grad(lambda *args: norm.apply(*args).sum(), argnums=(0, 1))(scale, zeros)):
