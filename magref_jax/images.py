@@ -61,7 +61,7 @@ _OTHERS = [
 ]
 
 
-def to_rgb(image: Image.Image, *, strict_parity: bool = False) -> Image.Image:
+def to_rgb(image: Image.Image, *, name: str = "the image", strict_parity: bool = False) -> Image.Image:
     """An upright sRGB image, transparency composited on white. It carries no metadata: a second call changes nothing.
 
     The colours are those that the image's colour profile says; a profile that cannot be used is passed over.
@@ -70,13 +70,22 @@ def to_rgb(image: Image.Image, *, strict_parity: bool = False) -> Image.Image:
     transparent pixels, and the orientation tag and the colour profile of photographs are ignored.
 
     Raises:
-        ValueError: the pixels are numbers, and which of them is white cannot be told.
+        ValueError: there are no pixels, or they are numbers of which white cannot be told. It calls the image `name`.
     """
-    return _to_rgb(image, [], strict_parity)
+    try:
+        return _to_rgb(image, [], strict_parity)
+    except _UnusableError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _to_rgb(image: Image.Image, notes: list[str], strict_parity: bool) -> Image.Image:
+    if 0 in image.size:
+        raise _UnusableError(f"has no pixels: it is {image.width}x{image.height}.")
     if strict_parity:
+        if (
+            image.mode == "P" and image.has_transparency_data
+        ):  # as PIL asks for in a warning; alpha goes in the next line
+            image = image.convert("RGBA")
         rgb = image.convert("RGB")
         rgb.info.clear()  # among it the orientation and the profile, which were to be ignored
         return rgb
@@ -131,11 +140,15 @@ def _colours_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | N
     return image.convert("L" if is_grey else "RGB"), None
 
 
+class _UnusableError(ValueError):
+    """Says of an image, but for its name, what is wrong with its pixels."""
+
+
 def _to_bytes(numbers: np.ndarray, mode: str) -> UInt8[np.ndarray, "H W"]:
     """Grey of 8 bits. White is 65535 of 16 bits; of 32 bits and of floats it is told from the brightest pixel.
 
     Raises:
-        ValueError: no usual white explains the brightest pixel, or there is one that is no brightness.
+        _UnusableError: no usual white explains the brightest pixel, or there is one that is no brightness.
     """
     if mode.startswith("I;16"):
         return (numbers >> 8).astype(np.uint8)
@@ -144,8 +157,8 @@ def _to_bytes(numbers: np.ndarray, mode: str) -> UInt8[np.ndarray, "H W"]:
     # Nobody takes a picture of which no pixel has a sixteenth of white; 10 and 12 bits, or light of a scene, are more likely.
     found = [white for white in whites if (white == whites[0] or brightest >= white / 16) and brightest <= white]
     if darkest < 0 or not found:  # a NaN is neither
-        raise ValueError(
-            f"its pixels (mode {mode}) are {darkest:g} to {brightest:g}, and which number is white cannot be told: "
+        raise _UnusableError(
+            f"has pixels of {darkest:g} to {brightest:g} (mode {mode}), and which number is white cannot be told: "
             f"scale them to 0..{whites[0]} or 0..{whites[1]}."
         )
     if found[0] == 65535:
@@ -245,10 +258,13 @@ def _read(path: str | os.PathLike[str], strict_parity: bool, keep_alpha: bool) -
                     notes.append(f"it is animated: the first of its {count} pictures is used")
                 return picture, tuple(f"{shown(path)}: {note}." for note in notes)
             size = f"{image.width}x{image.height} pixels"
-    except Image.DecompressionBombError:
-        size = f"more than {2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) / 1e6:.0f} million pixels"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning where they are errors
+        limit = (2 if isinstance(error, Image.DecompressionBombError) else 1) * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+        size = f"more than {limit / 1e6:.0f} million pixels"
     except Image.UnidentifiedImageError:
         raise ValueError(f"{shown(path)} {_what_else(path)}.") from None
+    except _UnusableError as error:
+        raise ValueError(f"{shown(path)} {error}") from None
     except Exception as error:  # whatever the decoder of a damaged file may raise
         if isinstance(error, OSError) and error.strerror:
             raise ValueError(f"{shown(path)} cannot be read: {error.strerror}.") from None

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
 from magref_jax import images
+from magref_jax.conditioning.canvas import compose_canvas
 from magref_jax.data.clips import view_image
 from magref_jax.data.prepare import read_reference
 from magref_jax.data.records import View
@@ -70,6 +72,7 @@ def test_a_jpeg_photograph_is_turned_upright(tmp_path):
     [b"Exif\0\0", b"Exif\0\0no TIFF header", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"],
 )
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_is_no_damaged_picture(tmp_path, suffix, exif):
     Image.new("RGB", (40, 20), RED).save(tmp_path / f"image.{suffix}", exif=exif)
     assert check_image(tmp_path / f"image.{suffix}") == (40, 20)
@@ -112,7 +115,7 @@ SIXTEEN = Image.fromarray(np.array([[0, 300, 30000, 65535]], np.uint16))
         ("clear.gif", *palette(0), [WHITE, GREEN], [RED, GREEN]),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.filterwarnings("error")
 def test_every_kind_of_file_has_the_pixels_it_must_have(tmp_path, name, image, options, expected, strict):
     image.save(tmp_path / name, **options)
     assert pixels(tmp_path / name).reshape(-1, 3).tolist() == [list(colour) for colour in expected]
@@ -266,19 +269,23 @@ def test_srgb_and_what_is_no_profile_change_no_bit(tmp_path, icc, is_srgb, chann
         ("I", [0, 300, 30000, 65535], [0, 1, 117, 255]),
         ("I", [0, 7, 128, 255], [0, 7, 128, 255]),
         ("I", [0, 0], [0, 0]),
-        ("I", [0, 4095], "are 0 to 4095, and which number is white cannot be told: scale them to 0..255 or 0..65535"),
-        ("I", [0, 65536], "are 0 to 65536, and"),
-        ("I", [-1, 255], "are -1 to 255, and"),
+        (
+            "I",
+            [0, 4095],
+            "the image has pixels of 0 to 4095 (mode I), and which number is white cannot be told: scale them to 0..255 or 0..65535",
+        ),
+        ("I", [0, 65536], "of 0 to 65536 (mode I)"),
+        ("I", [-1, 255], "of -1 to 255 (mode I)"),
         ("F", [0.0, 0.25, 0.5, 1.0], [0, 64, 128, 255]),
         ("F", [0.0, 7.4, 128.0, 255.0], [0, 7, 128, 255]),
         (
             "F",
             [0.0, 3.5],
-            "(mode F) are 0 to 3.5, and which number is white cannot be told: scale them to 0..1 or 0..255",
+            "of 0 to 3.5 (mode F), and which number is white cannot be told: scale them to 0..1 or 0..255",
         ),
-        ("F", [0.0, 65535.0], "are 0 to 65535, and"),
-        ("F", [-0.5, 1.0], "are -0.5 to 1, and"),
-        ("F", [float("nan"), 1.0], "are nan to nan, and"),
+        ("F", [0.0, 65535.0], "of 0 to 65535 (mode F)"),
+        ("F", [-0.5, 1.0], "of -0.5 to 1 (mode F)"),
+        ("F", [float("nan"), 1.0], "of nan to nan (mode F)"),
     ],
 )
 def test_numbers_are_scaled_by_their_range(mode, numbers, expected):
@@ -288,6 +295,8 @@ def test_numbers_are_scaled_by_their_range(mode, numbers, expected):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=re.escape(expected)):
             to_rgb(image)
+        with pytest.raises(ValueError, match="reference_images\\[1\\] has pixels of"):
+            compose_canvas([Image.new("RGB", (8, 8)), image], 32, 32)
     else:
         assert np.asarray(to_rgb(image))[0].tolist() == [[value] * 3 for value in expected]
 
@@ -301,6 +310,14 @@ def test_pictures_from_elsewhere_are_read_alike_and_not_changed():
     rgb.info["note"] = "kept"
     assert to_rgb(rgb).info == {}
     assert rgb.info == {"note": "kept"}
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+@pytest.mark.parametrize("strict_parity", [False, True])
+def test_an_image_without_pixels_is_refused_by_name(size, strict_parity):
+    images = [Image.new("RGB", (8, 8)), Image.new("RGB", size)]
+    with pytest.raises(ValueError, match=rf"reference_images\[1\] has no pixels: it is {size[0]}x{size[1]}\."):
+        compose_canvas(images, 32, 32, strict_parity=strict_parity)
 
 
 def chunk(kind, data):
@@ -331,6 +348,10 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch, width
     for strict_parity in (False, True):
         with pytest.raises(ValueError, match=f"bomb.png.* {message}"):
             read_image(path, strict_parity=strict_parity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="bomb.png has .* pixels; at most 64 million are read"):
+            read_image(path)
 
 
 def test_the_largest_image_is_read(tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def resize_and_pad(
     Raises:
         ValueError: the image is so elongated that it would be less than one pixel thin.
     """
-    image = to_rgb(image, strict_parity=strict_parity)
+    image = to_rgb(image, name=name, strict_parity=strict_parity)
     x0, y0, x1, y1 = box
     box_width, box_height = x1 - x0, y1 - y0
     width, height = fitted_size(image.size, (box_width, box_height), name)
@@ -158,7 +158,7 @@ def resize_and_crop(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Box]:
     """The middle of the image, scaled to fill the box, and the box: no image is too elongated for that."""
     x0, y0, x1, y1 = box
-    image = to_rgb(image, strict_parity=strict_parity)
+    image = to_rgb(image, name=name, strict_parity=strict_parity)
     return np.asarray(ImageOps.fit(image, (x1 - x0, y1 - y0), Image.Resampling.LANCZOS)), box
 
 
