@@ -122,8 +122,9 @@ def read_settings(texts: list[str]) -> dict[str, Any]:
 def from_torch(
     path: pathlib.Path, out: pathlib.Path | None, arguments: argparse.Namespace, only: tuple[str, ...]
 ) -> None:
-    source = sources.read_source(path, only)
-    config = sources.model_config(source, read_settings(arguments.set), arguments.dtype)
+    settings = read_settings(arguments.set)
+    source = sources.read_source(path, only, settings.pop("source.key", None))
+    config = sources.model_config(source, settings, arguments.dtype)
     abstract = pipeline.abstract_params(config, only=tuple(source.networks))
     plan = conversion.make_plan(source, config, abstract, arguments.dtype)
     print(conversion.describe(plan, out or pathlib.Path("none given")))

@@ -41,6 +41,7 @@ RULES: Mapping[str, Callable[..., Sequence[Rule]]] = {
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 # What is computed in float32 (see config.py) and the VAE stay as they are stored when the rest is made smaller.
 PRECISE = re.compile(r"vae/.*|.*(norm|modulation|time_|head/|(class|position)_embedding|relative_bias|bias$).*")
+SPIECE = "spiece.model"  # what sentencepiece reads
 TOKENIZER_FILES = (".json", ".model", ".txt")
 
 
@@ -68,6 +69,7 @@ class Plan:
     config: ModelConfig
     parts: tuple[Part, ...]
     tokenizer: pathlib.Path | None
+    sentencepiece: Tensor | None = None  # bytes of spiece.model
 
     def digest(self) -> str:
         """Changes with anything that the written bytes depend on; a resumed run must have the same."""
@@ -117,7 +119,7 @@ def make_plan(
         parts.append(Part(network, tuple(fillings), _stored_as(network, fillings, abstract, dtype)))
     if problems:
         raise ValueError("\n".join(problems))
-    return Plan(config, tuple(parts), source.tokenizer)
+    return Plan(config, tuple(parts), source.tokenizer, source.sentencepiece)
 
 
 def _stored_as(
@@ -172,7 +174,12 @@ def describe(plan: Plan, out: pathlib.Path) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(f"tokenizer: {plan.tokenizer or 'none found; sampling needs OUT/tokenizer'}")
+    lines += [f"{part.network.name}: {note}" for part in plan.parts for note in part.network.notes]
+    found = [str(plan.tokenizer)] if plan.tokenizer else []
+    if plan.sentencepiece is not None:
+        found.append(f"{SPIECE} among the tensors of the text encoder")
+    needed = "" if plan.tokenizer else f"{'; ' if found else 'none found; '}sampling needs OUT/tokenizer/tokenizer.json"
+    lines.append(f"tokenizer: {', '.join(found)}{needed}")
     missing = [name for name in NETWORKS if name not in [part.network.name for part in plan.parts]]
     if plan.config.image_encoder is None and "image_encoder" in missing:
         missing.remove("image_encoder")
@@ -234,12 +241,15 @@ def run(
     if plan.tokenizer is not None:
         (partial / "tokenizer").mkdir(exist_ok=True)
         for file in sorted(plan.tokenizer.iterdir()):
-            if file.is_file() and file.suffix in TOKENIZER_FILES:
+            if file.is_file() and file.suffix in TOKENIZER_FILES and not file.name.startswith("."):
                 shutil.copyfile(file, partial / "tokenizer" / file.name)
     if existing is not None:
         for child in sorted(out.iterdir()):
             if child.is_dir() and not (partial / child.name).exists():
                 shutil.copytree(child, partial / child.name, copy_function=_link)
+    if plan.sentencepiece is not None and not (partial / "tokenizer" / SPIECE).exists():
+        (partial / "tokenizer").mkdir(exist_ok=True)
+        (partial / "tokenizer" / SPIECE).write_bytes(plan.sentencepiece.read().tobytes())
     for part in plan.parts:
         _journal(partial / part.network.name).unlink(missing_ok=True)
     (partial / "config.json").write_text(config.to_json(), encoding="utf-8")

@@ -1,7 +1,7 @@
 """What lies in a path: which networks, under whose names, in which files, and the config that their shapes tell.
 
 Nothing is asked of the user: a folder of the official repository, a folder of diffusers, a folder of single files or one
-file are told apart by the names of the tensors in them.
+file are told apart by the names of the tensors in them (see `naming`).
 """
 
 import dataclasses
@@ -9,20 +9,22 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from magref_jax.checkpoint import file_digest
 from magref_jax.config import DType, ModelConfig, VAEConfig, from_dict
+from magref_jax.convert import naming
+from magref_jax.convert.distributed_files import METADATA, read_distributed
 from magref_jax.convert.rules import Layout
-from magref_jax.convert.tensor_files import StoredTensor, check_pth, read_pth, read_safetensors
+from magref_jax.convert.tensor_files import TORCH_SUFFIXES, check_pth, read_pth_levels, read_safetensors
 from magref_jax.descriptions import short_repr
 
 
 class Tensor(Protocol):
-    """A tensor that can be read: one of a file, or one that is computed from several."""
+    """A tensor that can be read: one of a file or of several, or one that is computed."""
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -31,6 +33,15 @@ class Tensor(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def read(self) -> np.ndarray: ...
+
+
+class StoredTensor(Tensor, Protocol):
+    """A tensor that lies in a file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> pathlib.Path: ...
 
 
 @short_repr
@@ -43,6 +54,7 @@ class Network:
     files: tuple[pathlib.Path, ...]
     tensors: Mapping[str, Tensor]
     config: dict[str, Any]  # fields of its config dataclass that shapes and config.json tell
+    notes: tuple[str, ...] = ()  # what was chosen, and what was taken off the names
 
 
 @short_repr
@@ -51,21 +63,9 @@ class Source:
     networks: dict[str, Network]
     tokenizer: pathlib.Path | None
     strangers: tuple[str, ...] = ()  # files that hold something else, and what
+    sentencepiece: Tensor | None = None  # the tokenizer inside a text encoder's file for ComfyUI: bytes of spiece.model
 
 
-# A name that a network has in one layout and nothing else has.
-SIGNATURES: tuple[tuple[str, Layout, str], ...] = (
-    ("dit", "wan", "blocks.0.self_attn.q.weight"),
-    ("dit", "hf", "blocks.0.attn1.to_q.weight"),
-    ("vae", "wan", "encoder.downsamples.0.residual.0.gamma"),
-    ("vae", "hf", "encoder.down_blocks.0.norm1.gamma"),
-    ("text_encoder", "wan", "blocks.0.attn.q.weight"),
-    ("text_encoder", "hf", "encoder.block.0.layer.0.SelfAttention.q.weight"),
-    ("image_encoder", "wan", "visual.cls_embedding"),
-    ("image_encoder", "hf", "embeddings.class_embedding"),
-)
-# What single files put before every name.
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_model.", "module.")
 # Whose config.json is whose, by its `_class_name` or `architectures`.
 CONFIG_CLASSES = {
     "WanModel": "dit",
@@ -77,85 +77,248 @@ CONFIG_CLASSES = {
     "CLIPVisionModelWithProjection": "image_encoder",
 }
 TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl")
+SENTENCEPIECE = "spiece_model"
 LORA = re.compile(r".*(lora_(up|down|A|B)\b|\.diff(_b|_m)?$|hada_|lokr_).*")
+# Files of weights that are read elsewhere, and how.
+ELSEWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r".*\.gguf"),
+        "is quantised in the format of GGUF, which is not read here; turn it into safetensors with the gguf package "
+        "(docs/weights.md has the lines), or take the safetensors that it was made of.",
+    ),
+    (
+        re.compile(r"(mp_rank_\d+_model_states|(bf16_|fp16_)?zero_pp_rank_\d+_.*_states)\.pt"),
+        "is a shard of DeepSpeed. In the folder of its zero_to_fp32.py run `python zero_to_fp32.py . WEIGHTS "
+        "--safe_serialization`, then convert the folder WEIGHTS.",
+    ),
+)
+# What trainers leave beside weights.
+TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|training_args|trainer_state|rng_state|random_states).*"
+)
+SHARD = re.compile(
+    r"(?P<stem>.+?)(\.(?P<old>\w+))?-\d{5}-of-(?P<count>\d{5})(\.(?P<new>\w+))?\.(?P<kind>safetensors|bin)"
+)
+INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(\.(?P<variant>\w+))?\.json")
+SINGLE = re.compile(r"(?P<stem>.+?)(\.(?P<variant>fp16|bf16|fp32|fp8))?\.(?P<kind>safetensors|pth|pt|bin|ckpt)")
+STEMS = {"pytorch_model": "model"}  # of transformers: the same weights in another kind of file
+KINDS = "safetensors, .pth, .pt, .bin, .ckpt or a folder with .metadata and .distcp files"
 
 
-def read_source(path: pathlib.Path, only: Collection[str] = ()) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The files that belong together, and the index that says so."""
+
+    files: tuple[pathlib.Path, ...]
+    index: pathlib.Path | None = None
+    stem: str = ""  # what the same weights of another precision or kind of file are called as well
+    variant: str = ""  # such as fp16
+    kind: str = "safetensors"
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """The smallest is the best of those of one stem."""
+        return bool(self.variant), self.kind != "safetensors"
+
+
+def read_source(path: pathlib.Path, only: Collection[str] = (), key: str | None = None) -> Source:
     """Looks at a file, or a folder and the folders in it, reading headers only.
+
+    `key` chooses where a file holds a network several times, such as "ema" and "generator".
 
     Raises:
         FileNotFoundError: the path, or a file that an index names, is not there.
-        ValueError: a damaged file, no network or one of them twice, or one of `only` is not there.
+        ValueError: a damaged file, no network or one of them twice, a model that is known and not supported, or one of
+            `only` or the `key` is not there.
     """
     if not path.exists():
         raise FileNotFoundError(f"SOURCE {path} does not exist.")
+    wanted = [name for name in CONFIGS if not only or name in only]
+    if "dit" in wanted:
+        _refuse_pair(path)
     networks: dict[str, Network] = {}
-    strangers = []
-    for files, index in _units(path):
-        tensors = _read_unit(files, index)
-        try:
-            name, layout, prefix = _recognise(tensors)
-        except ValueError as error:
-            strangers.append(f"{files[0]}: {error}")
-            continue
-        if only and name not in only:
-            continue
-        if name in networks:
-            raise ValueError(
-                f"SOURCE {path} holds {name} twice, in {networks[name].files[0]} and in {files[0]}; "
-                "give one of them alone, or leave it out with --only."
-            )
-        stripped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        if len(stripped) != len(tensors):
-            raise ValueError(f"{files[0]} has names both with and without the prefix {prefix!r}.")
-        resolved = dequantised(_tie(name, stripped))
-        fields = CONFIGS[name](_Shapes(layout, resolved, files[0]), _config_json(files[0].parent, name))
-        networks[name] = Network(name, layout, files, resolved, fields)
-    if not networks and strangers:
+    keys: list[naming.Set] = []
+    sentencepiece = None
+    units, strangers = _preferred(_units(path))
+    strangers += [stranger for folder in _folders(path) for stranger in _elsewhere(folder)]
+    for unit in units:
+        found, sets = _networks(unit, wanted, key)
+        keys += sets
+        if not sets:
+            strangers.append(f"{unit.files[0]}: {_what_else(unit)}")
+        for network in found:
+            if network.name in networks:
+                raise ValueError(
+                    f"SOURCE {path} holds {network.name} twice, in {networks[network.name].files[0]} and in "
+                    f"{network.files[0]}; give one of them alone, or leave it out with --only."
+                )
+            networks[network.name] = network
+            sentencepiece = _sentencepiece(network) if network.name == "text_encoder" else sentencepiece
+    if key is not None and not any(naming.has_key(each, key) for each in keys):
+        there = ", ".join(sorted({each.key for each in keys if each.key})) or "none"
+        raise ValueError(f"--set source.key={key}: no weights lie under this key; there are {there}.")
+    if not networks and strangers and not keys:
         raise ValueError(f"SOURCE {path} holds no network that is known here. {strangers[0]}")
     if missing := [name for name in only if name not in networks]:
         raise ValueError(
             f"--only {','.join(missing)}: not in SOURCE {path}, which has {', '.join(networks) or 'none'}."
         )
     if not networks:
-        raise ValueError(f"SOURCE {path} holds no .safetensors or .pth file.")
-    return Source(networks, _find_tokenizer(path), tuple(strangers))
+        raise ValueError(f"SOURCE {path} holds no weights; expected {KINDS}.")
+    return Source(networks, _find_tokenizer(path), tuple(strangers), sentencepiece)
 
 
-def _units(path: pathlib.Path) -> Iterator[tuple[tuple[pathlib.Path, ...], pathlib.Path | None]]:
-    """The files that make one network together, and the index that says so."""
+def _networks(unit: Unit, wanted: Collection[str], key: str | None) -> tuple[list[Network], list[naming.Set]]:
+    """The wanted networks of files that belong together, and every set of names in them."""
+    file = unit.files[0]
+    levels = _read_unit(unit)
+    try:
+        plain = {level: naming.without_wrappers(tensors) for level, tensors in levels.items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    sets = naming.find_sets({level: renamed.values() for level, (renamed, _) in plain.items()})
+    if not sets:
+        for renamed, _ in plain.values():
+            naming.refuse_foreign(file, renamed.values(), wanted)
+        return [], []
+    chosen = naming.choose_sets(file, [each for each in sets if each.network in wanted], key)
+    found = []
+    for level in {each.level: None for each in chosen}:
+        renamed, wrappers = plain[level]
+        here = [each for each in chosen if each.level == level]
+        try:
+            split = naming.split_names(renamed.values(), [each for each in sets if each.level == level], here)
+        except ValueError as error:
+            raise ValueError(f"{file} has names twice: {error}") from None
+        stored = {renamed[name]: tensor for name, tensor in levels[level].items()}
+        for each in here:
+            own = split[each.network]
+            naming.refuse_foreign(file, own.values(), [each.network])
+            tensors = {ours: stored[theirs] for theirs, ours in own.items()}
+            resolved = dequantised(_tie(each.network, tensors))
+            fields = CONFIGS[each.network](
+                _Shapes(each.layout, resolved, file), _config_json(file.parent, each.network)
+            )
+            naming.refuse_foreign_sizes(file, each.network, fields)
+            notes = naming.notes(each, sets, wrappers)
+            found.append(Network(each.network, each.layout, unit.files, resolved, fields, notes))
+    return found, sets
+
+
+def _what_else(unit: Unit) -> str:
+    """What files without a network hold."""
+    tensors = [name for level in _read_unit(unit).values() for name in level]
+    if any(LORA.fullmatch(name) for name in tensors):
+        return "it is a LoRA: use it with `sample.py --lora`, or rename its tensors for other programs with --to."
+    examples = ", ".join(map(repr, tensors[:3]))
+    return f"None of its names is known, such as {examples or 'none at all'}."
+
+
+def _refuse_pair(path: pathlib.Path) -> None:
+    """Refuses a folder that is, or lies in, a pipeline of diffusers with two transformers.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for folder in (path, path.parent):
+        index = folder / "model_index.json"
+        if not index.is_file():
+            continue
+        content = _read_json(index)
+        second = content.get("transformer_2")
+        if content.get("boundary_ratio") is not None or (isinstance(second, list) and second[:1] != [None]):
+            raise ValueError(
+                f"{index} is of {naming.PAIR}. Not supported; nothing was written. --only takes its other networks."
+            )
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
-        if path.name.endswith(".index.json"):
-            yield _shards(path), path
-        elif path.suffix in (".safetensors", ".pth"):
-            yield (path,), None
+        return []
+    return [path, *sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Without what programs leave there for themselves, such as .DS_Store and macOS's ._model.safetensors."""
+    return sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_file() and not child.name.startswith(".") and not TRAINING_STATE.fullmatch(child.name)
+    )
+
+
+def _elsewhere(folder: pathlib.Path) -> list[str]:
+    found = []
+    for pattern, what in ELSEWHERE:
+        if files := [file for file in _files(folder) if pattern.fullmatch(file.name)]:
+            found.append(f"{files[0]} {what}")
+    return found
+
+
+def _units(path: pathlib.Path) -> Iterator[Unit]:
+    if path.is_file():
+        for pattern, what in ELSEWHERE:
+            if pattern.fullmatch(path.name):
+                raise ValueError(f"{path} {what}")
+        if index := INDEX.fullmatch(path.name):
+            yield _sharded(path, index)
+        elif single := SINGLE.fullmatch(path.name):
+            yield Unit((path,), kind=single["kind"])
+        elif path.name == METADATA or path.suffix == ".distcp":
+            yield _distributed(path.parent)
         else:
-            raise ValueError(f"SOURCE {path} must be a folder, a .safetensors file or a .pth file.")
+            raise ValueError(f"SOURCE {path} must be {KINDS}, or a folder of such.")
         return
-    folders = [path, *sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))]
-    for folder in folders:
-        shards = {index: _shards(index) for index in sorted(folder.glob("*.safetensors.index.json"))}
-        taken = {file for files in shards.values() for file in files}
-        single = []
-        for file in sorted(folder.iterdir()):
-            if file in taken or not file.is_file() or file.name.startswith("."):
+    for folder in _folders(path):
+        if (folder / METADATA).is_file():
+            yield _distributed(folder)
+        files = _files(folder)
+        sharded = [_sharded(file, index) for file in files if (index := INDEX.fullmatch(file.name))]
+        taken = {file for unit in sharded for file in unit.files}
+        yield from sharded
+        for file in files:
+            if file in taken or any(pattern.fullmatch(file.name) for pattern, _ in ELSEWHERE):
                 continue
-            if part := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", file.name):
+            if part := SHARD.fullmatch(file.name):
+                variant = part["old"] or part["new"]
+                index = f"{part['stem']}.{part['kind']}.index.{f'{variant}.' if variant else ''}json"
                 raise FileNotFoundError(
-                    f"{file} is one of {int(part[2])} files, but {folder / part[1]}.safetensors.index.json, "
-                    "which says what is in which, is missing or does not name it."
+                    f"{file} is one of {int(part['count'])} files, but {folder / index}, which says what is in which, "
+                    "is missing or does not name it."
                 )
-            if file.suffix in (".safetensors", ".pth"):
-                single.append(file)
-        yield from ((files, index) for index, files in shards.items())
-        yield from (((file,), None) for file in single)
+            if single := SINGLE.fullmatch(file.name):
+                stem = f"{folder}/{STEMS.get(single['stem'], single['stem'])}"
+                yield Unit((file,), None, stem, single["variant"] or "", single["kind"])
+
+
+def _distributed(folder: pathlib.Path) -> Unit:
+    return Unit((folder / METADATA, *sorted(folder.glob("*.distcp"))), kind="distcp")
+
+
+def _sharded(index: pathlib.Path, found: re.Match[str]) -> Unit:
+    stem = f"{index.parent}/{STEMS.get(found['stem'], found['stem'])}"
+    return Unit(_shards(index), index, stem, found["variant"] or "", found["kind"])
+
+
+def _preferred(units: Iterable[Unit]) -> tuple[list[Unit], list[str]]:
+    """Of the same weights in several precisions or kinds of files the full ones, and safetensors; what is left out."""
+    best: dict[str, Unit] = {}
+    others = []
+    for unit in units:
+        stem = unit.stem or str(unit.files[0])
+        if stem in best:
+            taken, other = sorted((best[stem], unit), key=lambda each: each.rank)
+            others.append(f"{other.files[0]}: the same weights as {taken.files[0]}, which are taken")
+            unit = taken
+        best[stem] = unit
+    return list(best.values()), others
 
 
 def _shards(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    names = sorted(set(_read_index(index).values()))
-    if any(pathlib.PurePath(name).name != name for name in names):
+    shards = sorted(set(_read_index(index).values()))
+    if any(pathlib.PurePath(name).name != name for name in shards):
         raise ValueError(f"{index} names files outside its folder.")
-    files = tuple(index.parent / name for name in names)
+    files = tuple(index.parent / name for name in shards)
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names {', '.join(missing)}, which is missing.")
     return files
@@ -178,34 +341,31 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _read_unit(files: tuple[pathlib.Path, ...], index: pathlib.Path | None) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in (read_pth if file.suffix == ".pth" else read_safetensors)(file).items():
-            if name in tensors:
-                raise ValueError(f"{name!r} is in {tensors[name].file} and in {file}.")
-            tensors[name] = tensor
-    if index is not None:
-        promised = _read_index(index)
+def _read_unit(unit: Unit) -> Mapping[str, Mapping[str, StoredTensor]]:
+    """The tensors by the dictionary of a file that they lie in; "" is the outermost."""
+    if unit.kind == "distcp":
+        return read_distributed(unit.files[0].parent)
+    levels: dict[str, dict[str, StoredTensor]] = {}
+    for file in unit.files:
+        for level, tensors in _read_file(file).items():
+            held = levels.setdefault(level, {})
+            for name, tensor in tensors.items():
+                if name in held:
+                    raise ValueError(f"{name!r} is in {held[name].file} and in {file}.")
+                held[name] = tensor
+    if unit.index is not None:
+        promised = _read_index(unit.index)
+        tensors = {name: tensor for held in levels.values() for name, tensor in held.items()}
         for name, file in promised.items():
             if name not in tensors or tensors[name].file.name != file:
-                raise ValueError(f"{index} says that {name!r} is in {file}; it is not.")
+                raise ValueError(f"{unit.index} says that {name!r} is in {file}; it is not.")
         if extra := sorted(set(tensors) - set(promised)):
-            raise ValueError(f"{tensors[extra[0]].file} holds {extra[0]!r}, which {index} does not name.")
-    return tensors
+            raise ValueError(f"{tensors[extra[0]].file} holds {extra[0]!r}, which {unit.index} does not name.")
+    return levels
 
 
-def _recognise(tensors: Mapping[str, StoredTensor]) -> tuple[str, Layout, str]:
-    for prefix in PREFIXES:
-        for name, layout, signature in SIGNATURES:
-            if prefix + signature in tensors:
-                return name, layout, prefix
-    if any(LORA.fullmatch(name) for name in tensors):
-        raise ValueError(
-            "it is a LoRA: use it with `sample.py --lora`, or rename its tensors for other programs with --to."
-        )
-    examples = ", ".join(map(repr, list(tensors)[:3]))
-    raise ValueError(f"None of its names is known, such as {examples or 'none at all'}.")
+def _read_file(file: pathlib.Path) -> Mapping[str, Mapping[str, StoredTensor]]:
+    return read_pth_levels(file) if file.suffix in TORCH_SUFFIXES else {"": read_safetensors(file)}
 
 
 def _tie(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -227,7 +387,7 @@ def _tie(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]
 
 @dataclasses.dataclass(frozen=True)
 class ScaledTensor:
-    """An 8-bit tensor and the float32 factors it is stored without: one, one per row, or one per block of a row."""
+    """An 8-bit tensor and the factors it is stored without: one, one per row, per block of a row or per block of a matrix."""
 
     weight: StoredTensor
     scale: StoredTensor
@@ -246,6 +406,11 @@ class ScaledTensor:
 
     def read(self) -> np.ndarray:
         weight, scale = self.weight.read().astype(np.float32), self.scale.read().astype(np.float32)
+        if scale.shape[:1] == weight.shape[:1] and scale.size == scale.shape[0]:
+            scale = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
+        elif scale.ndim == 2:
+            rows, columns = weight.shape
+            scale = scale.repeat(BLOCK, axis=0)[:rows].repeat(BLOCK, axis=1)[:, :columns]
         if scale.size == 1:
             return weight * scale.reshape(())
         if scale.ndim == 3:  # (rows, blocks, 1)
@@ -253,9 +418,12 @@ class ScaledTensor:
         return weight * scale
 
 
-SCALES = (".scale_weight", ".weight_scale")
-# What quantised files hold beside weights: settings for running in 8 bits, which we do not; ComfyUI's own tokenizer.
-IGNORED = re.compile(r"scaled_fp8|.*\.(scale_input|input_scale|comfy_quant)")
+# What the factors of a layer's weight are called, by ComfyUI and musubi-tuner, ComfyUI since 2025, and transformers. All of
+# them are multiplied, those of `_inv` too.
+SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
+BLOCK = 128  # rows and columns that share a factor where they are given for blocks of a matrix
+# What quantised files hold beside weights: settings for running in 8 bits, which we do not.
+IGNORED = re.compile(r"(.*\.)?scaled_fp8|.*\.(scale_input|input_scale|comfy_quant)")
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -303,9 +471,13 @@ def dequantised(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 def _scales(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     if math.prod(scale) == 1:
         return True
-    if len(weight) != 2 or scale[0] != weight[0] or scale[-1] != 1:
+    if scale[:1] == weight[:1] and math.prod(scale) == scale[0]:
+        return True
+    if len(weight) != 2:
         return False
-    return len(scale) == 2 or (len(scale) == 3 and scale[1] > 0 and weight[1] % scale[1] == 0)
+    if len(scale) == 3:
+        return scale[0] == weight[0] and scale[2] == 1 and scale[1] > 0 and weight[1] % scale[1] == 0
+    return scale == tuple(-(-size // BLOCK) for size in weight)
 
 
 # Configs
@@ -536,6 +708,17 @@ def model_config(source: Source, settings: Mapping[str, Any] | None = None, dtyp
         raise ValueError(f"--set: {error}.") from None
 
 
+def _sentencepiece(network: Network) -> Tensor | None:
+    """The tokenizer that ComfyUI keeps among the tensors of a text encoder."""
+    tensor = network.tensors.get(SENTENCEPIECE)
+    if tensor is not None and (tensor.dtype != np.uint8 or len(tensor.shape) != 1):
+        raise ValueError(
+            f"{network.files[0]}: {SENTENCEPIECE!r} is {tensor.dtype} {tensor.shape}, expected the bytes of a "
+            "sentencepiece model."
+        )
+    return tensor
+
+
 def _find_tokenizer(path: pathlib.Path) -> pathlib.Path | None:
     folder = path if path.is_dir() else path.parent
     for name in TOKENIZER_FOLDERS:
@@ -563,7 +746,7 @@ def check_file(file: pathlib.Path) -> str | None:
     Raises:
         ValueError: the file is damaged.
     """
-    if file.suffix == ".pth":
+    if file.suffix in TORCH_SUFFIXES:
         check_pth(file)
         return None
     digest = known_digest(file)

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors in and out, torch's `.pth` in. Headers first, then one tensor at a time.
+"""Files of named tensors: safetensors in and out, torch's `.pth`, `.pt`, `.bin` and `.ckpt` in. Headers first, then one tensor at a time.
 
 A checkpoint of 65 GB passes through a machine of 16 GB because nothing here maps or reads a whole file. That is why the
 safetensors format is read here and not by its library, which maps the file, cannot hand 8-bit floats to NumPy and in release
@@ -11,7 +11,7 @@ import math
 import pathlib
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -37,6 +37,7 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")  # all of them are what torch.save writes
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
@@ -184,13 +185,67 @@ def write_safetensors(
 
 
 def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of a torch checkpoint, by name and still unread. The only place that opens a pickle.
+    """The tensors of a torch checkpoint, by name and still unread.
 
     Raises:
         ImportError: torch is missing, or of a release whose restricted unpickler can be broken out of.
         ValueError: no zip archive of torch, a damaged one, or one that holds anything but named tensors.
     """
-    torch = _import_torch(path)
+    content, records = _load_pth(path)
+    if isinstance(content, dict) and len(content) == 1 and isinstance(next(iter(content.values())), dict):
+        (content,) = content.values()  # such as {"state_dict": {...}}
+    return _named_tensors(path, content, records)
+
+
+def read_pth_levels(path: pathlib.Path) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of a torch checkpoint, by the dictionary that they lie in.
+
+    "" is the outermost dictionary, "a.b" the one at ["a"]["b"].
+    What is no tensor is an error where there is but one dictionary, and left out beside others, as the step is that a
+    trainer stopped at.
+
+    Raises:
+        ImportError: see `read_pth`.
+        ValueError: see `read_pth`.
+    """
+    content, records = _load_pth(path)
+    levels = dict(_levels(content, ""))
+    plain = {
+        level: tensors
+        for level, values in levels.items()
+        if (tensors := {name: value for name, value in values.items() if _is_named_tensor(name, value)})
+    }
+    if not plain:
+        raise ValueError(f"{path} holds a {type(content).__name__} without tensors; expected tensors by name.")
+    return {
+        level: _named_tensors(path, values, records)
+        for level, values in (levels if len(levels) == 1 else plain).items()
+    }
+
+
+def _levels(content: Any, level: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    if not isinstance(content, dict):
+        return
+    inner = {name for name, value in content.items() if isinstance(name, str) and _holds_tensors(value)}
+    if own := {name: value for name, value in content.items() if name not in inner}:
+        yield level, own
+    for name in inner:
+        yield from _levels(content[name], f"{level}.{name}".lstrip("."))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        _is_named_tensor(name, each) or (isinstance(name, str) and _holds_tensors(each)) for name, each in value.items()
+    )
+
+
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and hasattr(value, "untyped_storage")
+
+
+def _load_pth(path: pathlib.Path) -> tuple[Any, dict[int, int]]:
+    """What a checkpoint holds, its tensors without values, and its records. The only place that opens a pickle."""
+    torch = import_torch(path)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
@@ -202,14 +257,16 @@ def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
     try:
         # Fake tensors have no values, but know where in the file theirs are.
         with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), records
     except Exception as error:  # and so is what the unpickler refuses with
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} holds something other than tensors, or is damaged, and was not loaded: {reason}"
         ) from None
-    if isinstance(content, dict) and len(content) == 1 and isinstance(next(iter(content.values())), dict):
-        (content,) = content.values()  # such as {"state_dict": {...}}
+
+
+def _named_tensors(path: pathlib.Path, content: Any, records: dict[int, int]) -> dict[str, StoredTensor]:
+    torch = import_torch(path)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}; expected tensors by name.")
     tensors = {}
@@ -231,16 +288,16 @@ def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
             )
         if records[offset] != storage.nbytes():
             raise ValueError(f"{path}: {name!r} takes {storage.nbytes()} bytes, but its record has {records[offset]}.")
-        dtype = _TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."))
+        dtype = TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."))
         if dtype is None:
-            raise ValueError(f"{path}: {name!r} has dtype {value.dtype}; known are {', '.join(_TORCH_DTYPES)}.")
+            raise ValueError(f"{path}: {name!r} has dtype {value.dtype}; known are {', '.join(TORCH_DTYPES)}.")
         shape, strides = tuple(value.shape), tuple(value.stride())
         offset += value.storage_offset() * dtype.itemsize
         tensors[name] = StoredTensor(name, path, dtype, shape, offset, None if value.is_contiguous() else strides)
     return tensors
 
 
-_TORCH_DTYPES = {dtype.name: dtype for dtype in _DTYPES.values()}
+TORCH_DTYPES = {dtype.name: dtype for dtype in _DTYPES.values()}
 
 
 def _read_records(path: pathlib.Path) -> dict[int, int]:
@@ -263,7 +320,12 @@ def _read_records(path: pathlib.Path) -> dict[int, int]:
     return sizes
 
 
-def _import_torch(path: pathlib.Path) -> Any:
+def import_torch(path: pathlib.Path) -> Any:
+    """torch, of a release that opens files of strangers safely.
+
+    Raises:
+        ImportError: it is missing or too old.
+    """
     needed = "pip install 'magref-jax[convert]'"
     try:
         import torch

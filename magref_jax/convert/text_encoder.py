@@ -30,7 +30,8 @@ _ROWS: tuple[Row, ...] = (
     *within("blocks/", "blocks.{layer}.", "encoder.block.{layer}.layer.0.", _ATTENTION),
     *within("blocks/", "blocks.{layer}.", "encoder.block.{layer}.layer.1.", _FEED_FORWARD),
     (norm,    "norm",            "norm",                   "encoder.final_layer_norm"),
-    (unused,  "",                "spiece_model",           "spiece_model"),  # the tokenizer, in files for ComfyUI
+    (unused,  "",                "spiece_model",           "spiece_model"),  # the tokenizer, which is kept as a file
+    (unused,  "",                "logit_scale",            "logit_scale"),  # ComfyUI's, of every text encoder
 )  # fmt: skip
 
 

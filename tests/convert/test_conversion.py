@@ -301,7 +301,7 @@ def test_too_little_space_is_told_before_writing(sources, tmp_path, capsys, monk
             ["{source}", "out", "--set", "dit.num_layers=3"],
             "'blocks.2.modulation' is missing: expected shape (1, 6, 24)",
         ),
-        (["{source}/google", "out"], "holds no .safetensors or .pth file"),
+        (["{source}/google", "out"], "holds no weights; expected safetensors"),
         (["{source}", "{source}"], "is no model folder; give another name"),
         (["{source}", "out", "--to", "wan"], "must be a model folder or the file of a LoRA"),
     ],

@@ -899,7 +899,7 @@ def pth_named_safetensors(folder, rng, number):
     return FILE
 
 
-@kind("file", 2, "holds no .safetensors or .pth file")
+@kind("file", 2, "holds no weights; expected safetensors")
 def nothing_there(folder, rng, number):
     (folder / FILE).unlink()
     if number:
