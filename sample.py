@@ -10,6 +10,7 @@ Exit status: 0 all videos were made, 1 the model cannot be used, 2 something ask
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -26,9 +27,9 @@ from tqdm import tqdm
 
 import magref_jax
 from magref_jax import batches, distributed, files, outputs, pipeline, prompts, sharding
-from magref_jax.command import default_cache, keep_compiled_programs
+from magref_jax.command import check_local, default_cache, keep_compiled_programs, program, sentence
 from magref_jax.conditioning.canvas import assign
-from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
+from magref_jax.config import RELEASED, ModelConfig, SamplingConfig, load_model_config, with_dtype
 from magref_jax.convert.lora import Lora, read_lora, split_strength
 from magref_jax.diffusion.step_cache import load_plan
 from magref_jax.dry_run import dry_run
@@ -37,6 +38,8 @@ from magref_jax.prompts import ALIASES, Checks, Entry
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
 MAX_BATCH = 4096
+# Options that name files or folders.
+PATHS = ("prompts", "ref", "background", "model", "lora", "step_cache", "plan_json", "compile_cache", "out")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,10 +98,17 @@ def parser() -> argparse.ArgumentParser:
     add(how, "shift", type=float, help="above 1, more steps are spent near noise")
     add(how, "solver", help="unipc, dpm++ or euler")
     add(how, "step_cache", metavar="FILE[:THRESHOLD]", help="skip steps by a table of magref_jax.evaluation.step_cache")
+    add(how, "dtype", metavar="DTYPE", help="to compute in: float32 or bfloat16 (default: as the model folder says)")
     add(how, "batch_size", type=int, default=1, help="cases at once (default: %(default)s)")
     add(how, "attention", metavar="NAME", help=f"auto, {', '.join(IMPLEMENTATIONS)} (default: the model folder's)")
     add(how, "mesh", metavar="AXIS=SIZE,...", help="axes data, fsdp, context, tensor; default: one device")
-    add(how, "plan", metavar="CHIP:SIZES", help="make nothing: what a step takes on chips such as v6e:2x4; --mesh auto")
+    add(
+        how,
+        "plan",
+        metavar="CHIP:SIZES",
+        help="make nothing: what a step of --model, which may be "
+        f"{RELEASED}, takes on chips such as v6e:2x4; --mesh auto",
+    )
     add(how, "plan_json", type=pathlib.Path, metavar="FILE", help="where to write that")
     add(how, "coordinator", metavar="HOST:PORT", help="of process 0, where several processes do not find each other")
     add(how, "num_processes", type=int, help="with --coordinator")
@@ -160,8 +170,7 @@ def read_overrides(arguments: argparse.Namespace, config: ModelConfig, checks: C
     overrides = {}
     for flag, fields in flags.items():
         given = {name: value for name, value in fields.items() if value is not None}
-        if given:
-            checks.attempt(f"--{flag} {getattr(arguments, flag)}", pipeline.with_sampling, config, **given)
+        if given and checks.attempt(f"--{flag} {getattr(arguments, flag)}", pipeline.with_sampling, config, **given):
             overrides |= given
     return overrides
 
@@ -214,6 +223,7 @@ def run_settings(arguments: argparse.Namespace, config: ModelConfig, checks: Che
         seed=arguments.seed,
         fps=config.fps,
         model=outputs.file_settings(arguments.model),
+        dtype=outputs.compute_dtype(config),
         order=(arguments.layout or "").partition(":")[2] or None,
         loras=tuple(loras),
         step_plan=plan or None,
@@ -268,30 +278,29 @@ def check_options(arguments: argparse.Namespace, checks: Checks) -> None:
     if arguments.attention not in (None, "auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))
         checks.problems.append(f"--attention {arguments.attention}: is unknown; choose one of {names}.")
-    # Without cases: only whether the folder can be written to.
-    checks.attempt(f"--out {arguments.out}", outputs.keep_finished, arguments.out, [])
+    checks.attempt(f"--out {arguments.out}", outputs.check_folder, arguments.out)
 
 
 def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     """Checks all that was asked for and reads no weights; ends the program if anything is wrong."""
-    # First what concerns all cases: with wrong options, every line would repeat what is wrong with them.
-    config = checks.attempt(f"--model {arguments.model}", load_model_config, arguments.model)
-    tokenizer = config and checks.attempt(
-        f"--model {arguments.model}", pipeline.load_tokenizer, arguments.model, config
-    )
+    # First what concerns all cases. A wrong option is left out of what the cases are checked with: each would repeat it.
+    config = checks.attempt("--model", load_model_config, arguments.model)
+    tokenizer = config and checks.attempt("--model", pipeline.load_tokenizer, arguments.model, config)
     overrides = {} if config is None else read_overrides(arguments, config, checks)
+    computed = config and checks.attempt(f"--dtype {arguments.dtype}", with_dtype, config, arguments.dtype)
+    config = computed or config
     loras = [] if config is None else read_loras(arguments, config, checks)
     shape = arguments.mesh or ("fsdp=-1" if jax.process_count() > 1 else "")
     mesh = shape and checks.attempt(f"--mesh {shape}", sharding.make_mesh, shape)
     check_options(arguments, checks)
-    wrong_options = bool(checks.problems)
     entries = read_entries(arguments, checks)
-    if config is None or tokenizer is None or wrong_options:
+    if config is None or tokenizer is None:
         checks.stop()
+    default_negative = config.sampling.negative_prompt
     dit = dataclasses.replace(config.dit, attention=arguments.attention or config.dit.attention)
     config = dataclasses.replace(config, dit=dit, fps=arguments.fps or config.fps)
-    config = pipeline.with_sampling(config, **overrides)
-    run = checks.attempt("--model", run_settings, arguments, config, checks)
+    config = checks.attempt("options", pipeline.with_sampling, config, **overrides) or config
+    run = None if checks.problems else checks.attempt("--model", run_settings, arguments, config, checks)
 
     def resolve(**fields: Any) -> SamplingConfig:
         return pipeline.with_sampling(config, **fields).sampling
@@ -308,6 +317,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
             shown = len(case.entry.references), case.sampling.layout
             checks.attempt(f"{case.entry.where}: --layout {arguments.layout}", assign, *shown, run.order)
     text_tokens = batches.check_tokens(config, tokenizer, checked, checks)
+    batches.check_words(tokenizer, checked, default_negative, checks)
     if run is None or checks.problems:
         checks.stop()
 
@@ -338,9 +348,9 @@ def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) 
     if todo:
         try:
             with clock.measure("loading"):
-                model = pipeline.load(arguments.model, mesh=plan.mesh, loras=plan.loras)
+                model = pipeline.load(arguments.model, mesh=plan.mesh, dtype=arguments.dtype, loras=plan.loras)
         except (ValueError, OSError) as error:
-            sys.exit(f"sample.py: --model {arguments.model}: {error}")
+            sys.exit(f"sample.py: --model {arguments.model}: {sentence(error)}")
         model = dataclasses.replace(model, config=plan.config)
     reports: list[outputs.CaseReport] = []
     try:
@@ -371,9 +381,12 @@ def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) 
                     tqdm.write(f"{report.key}: {report.status}")
     finally:
         if distributed.is_first():
-            outputs.write_run(
-                arguments.out, reports, arguments=argv, config=plan.config, timings=clock.seconds, mesh=plan.mesh
-            )
+            try:
+                outputs.write_run(
+                    arguments.out, reports, arguments=argv, config=plan.config, timings=clock.seconds, mesh=plan.mesh
+                )
+            except OSError as error:  # the disk is full, but the videos are there
+                print(f"sample.py: no run.json: {sentence(error)}", file=sys.stderr)
     return reports
 
 
@@ -392,61 +405,98 @@ def write_sheet(cases: Sequence[batches.PlannedCase], out: pathlib.Path) -> path
 def plan_report(arguments: argparse.Namespace) -> str:
     from magref_jax import planner
 
-    try:
-        width, height = (None, None) if arguments.size is None else prompts.size_of(arguments.size)
-        asked = {
-            "width": width or arguments.width,
-            "height": height or arguments.height,
-            "num_frames": arguments.frames,
-            "guidance_scale": arguments.guidance,
-            "reference_guidance_scale": arguments.reference_guidance,
-        }
-        sampling: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return planner.report_sampling(
-            arguments.model, arguments.plan, arguments.mesh or "", arguments.batch_size, arguments.plan_json, **sampling
-        )
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"sample.py: {error}")
+    width, height = (None, None) if arguments.size is None else prompts.size_of(arguments.size)
+    asked = {
+        "width": width or arguments.width,
+        "height": height or arguments.height,
+        "num_frames": arguments.frames,
+        "guidance_scale": arguments.guidance,
+        "reference_guidance_scale": arguments.reference_guidance,
+    }
+    sampling: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return planner.report_sampling(
+        arguments.model,
+        arguments.plan,
+        arguments.mesh or "",
+        arguments.batch_size,
+        arguments.plan_json,
+        dtype=arguments.dtype,
+        **sampling,
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(spelled_as_ours(argv))
+def check_paths(arguments: argparse.Namespace, checks: Checks) -> None:
+    """Ends the program if a path is one that would be made into a local folder of a strange name."""
+    for option in PATHS:
+        given = getattr(arguments, option)
+        for path in given if isinstance(given, list) else [given] if given is not None else []:
+            try:
+                check_local(f"--{option}", path)
+            except ValueError as error:
+                checks.problems.append(str(error))
+    if checks.problems:
+        checks.stop()
+
+
+def claim(out: pathlib.Path, held: files.Claim, checks: Checks) -> None:
+    """Keeps other runs out of the folder until `held` is released."""
+
+    def take() -> str | None:
+        outputs.check_folder(out)
+        return held.take()
+
+    note = checks.attempt(f"--out {out}", distributed.on_first, take)
+    if note is not None:
+        checks.notes.append(f"--out {note}")
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str], stack: contextlib.ExitStack) -> None:
+    """The whole program; `stack` is closed at its end."""
+    checks = Checks()
+    check_paths(arguments, checks)
     if arguments.plan is not None:
         print(plan_report(arguments))
         return
-    try:
-        distributed.initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    except ValueError as error:
-        sys.exit(f"sample.py: {error}")
+    distributed.initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.compile_cache != "none":
         keep_compiled_programs(arguments.compile_cache or default_cache())
-    checks = Checks()
+    if not arguments.dry_run:
+        held = files.Claim(arguments.out)
+        stack.callback(held.release)
+        claim(arguments.out, held, checks)
     plan = make_plan(arguments, checks)
     if distributed.is_first():
         checks.show_notes()
     if arguments.dry_run:
-        try:
-            dry_run(
-                arguments.model, plan.config, plan.tokenizer, plan.work, arguments.out, mesh=plan.mesh, **plan.options
-            )
-        except (ValueError, OSError) as error:
-            sys.exit(f"sample.py: {error}")
+        dry_run(arguments.model, plan.config, plan.tokenizer, plan.work, arguments.out, mesh=plan.mesh, **plan.options)
         return
     distributed.on_first(lambda: files.remove_leftovers(arguments.out))
     if distributed.is_first():
         for lora, _ in plan.loras:
             print(lora.report)
     reports = make_videos(plan, arguments, argv)
-    sheet = distributed.on_first(lambda: write_sheet(plan.cases, arguments.out))
+    sheet, no_sheet = None, None
+    try:
+        sheet = distributed.on_first(lambda: write_sheet(plan.cases, arguments.out))
+    except (ValueError, OSError) as error:  # the disk is full, or a video has gone: the others are there all the same
+        no_sheet = sentence(error)
     if distributed.is_first():
         print(outputs.summary_table(reports))
         if sheet is not None:
             print(f"wrote {sheet}")
+        if no_sheet is not None:
+            print(f"sample.py: no contact sheet: {no_sheet}", file=sys.stderr)
     if any(report.status.startswith("failed") for report in reports):
         sys.exit(3)
     if distributed.is_first():
         print(f"next: {what_next(plan.cases[0].checked.entry, arguments)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(spelled_as_ours(argv))
+    with program("sample.py"), contextlib.ExitStack() as stack:
+        run(arguments, argv, stack)
 
 
 if __name__ == "__main__":

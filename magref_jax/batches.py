@@ -7,15 +7,19 @@ one compilation per size.
 
 import contextlib
 import dataclasses
+import difflib
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import tokenizers
 from PIL import Image
 
 from magref_jax import images, outputs, pipeline
+from magref_jax.command import sentence
 from magref_jax.conditioning.canvas import Order
 from magref_jax.conditioning.subjects import align_subject, clean_prompt
 from magref_jax.config import ModelConfig, SamplingConfig
@@ -31,6 +35,7 @@ class RunSettings:
     seed: int
     fps: float
     model: outputs.FileSettings
+    dtype: str  # see `outputs.compute_dtype`
     order: Order | None = None  # of the references on the canvas; None draws it from seed and key
     loras: tuple[outputs.LoraSettings, ...] = ()
     step_plan: StepPlan | None = None
@@ -100,6 +105,7 @@ def plan_case(checked: Checked, run: RunSettings) -> PlannedCase:
         "order": run.order,
         "sampling": dataclasses.asdict(checked.sampling),
         "model": run.model,
+        "dtype": run.dtype,
         "loras": list(run.loras),
         "step_plan": None if run.step_plan is None else dataclasses.asdict(run.step_plan),
         "strict_parity": run.strict_parity,
@@ -132,6 +138,66 @@ def check_tokens(config: ModelConfig, tokenizer: Any, checked: Sequence[Checked]
                 if subject is not None:
                     checks.attempt(where, align_subject, cleaned, subject, offsets[prompt])
     return pipeline.count_text_tokens(config, lengths.values())
+
+
+def check_words(tokenizer: Any, checked: Sequence[Checked], default_negative: str, checks: Checks) -> None:
+    """Puts into `checks` a note for each entry with words that the tokenizer has no token for and spells.
+
+    Only of tokenizers whose vocabulary is words: those of the released models build most words of pieces, and know them all the
+    same. The negative prompt of the model folder, which nobody has typed, is not looked at.
+    """
+    known = whole_words(tokenizer)
+    if not known:
+        return
+    texts = [[clean_prompt(case.entry.prompt)] for case in checked]
+    for case, its in zip(checked, texts, strict=True):
+        if case.sampling.negative_prompt != default_negative:
+            its.append(clean_prompt(case.sampling.negative_prompt))
+    cleaned = sorted(set(itertools.chain(*texts)))
+    encodings = tokenizer(cleaned, add_special_tokens=False, return_offsets_mapping=True) if cleaned else None
+    unknown = {text: _spelled_words(text, encodings, row, tokenizer) for row, text in enumerate(cleaned)}
+    nearest = functools.cache(functools.partial(_nearest_words, known=sorted(known)))
+    for case, its in zip(checked, texts, strict=True):
+        words = list(dict.fromkeys(word for text in its for word in unknown[text]))
+        if words:
+            hints = [f"{word!r} ({near})" if (near := nearest(word)) else repr(word) for word in words]
+            checks.notes.append(
+                f"{case.entry.where}: the model does not know {', '.join(hints)}, and sees them spelled out."
+            )
+
+
+def whole_words(tokenizer: Any) -> frozenset[str]:
+    """The words in the vocabulary of a tokenizer that can only spell all others; none, if it has parts of words too."""
+    pieces = set(tokenizer.get_vocab()) - {"", *tokenizer.all_special_tokens}
+    model = tokenizer.backend_tokenizer.model
+    if isinstance(model, tokenizers.models.WordLevel):
+        beginning, continuing = pieces, set()
+    elif mark := getattr(model, "continuing_subword_prefix", None):  # ##ing
+        continuing = {piece.removeprefix(mark) for piece in pieces if piece.startswith(mark) and piece != mark}
+        beginning = {piece for piece in pieces if not piece.startswith(mark)}
+    else:  # what begins a word has the space before it: ▁the, Ġthe
+        beginning = {piece[1:] for piece in pieces if piece[0] in "▁Ġ"}
+        continuing = {piece for piece in pieces if piece[0] not in "▁Ġ"}
+    if any(len(piece) > 1 for piece in continuing):
+        return frozenset()
+    return frozenset(piece for piece in beginning if len(piece) > 1 and piece.isalnum())
+
+
+def _spelled_words(text: str, encodings: Any, row: int, tokenizer: Any) -> list[str]:
+    """The words of a text that became several tokens, or the one that stands for what is unknown."""
+    found: dict[int, tuple[int, int, bool]] = {}  # first and last character of each word, and whether it is unknown
+    columns = encodings.word_ids(row), encodings["offset_mapping"][row], encodings["input_ids"][row]
+    for word, (start, end), token in zip(*columns, strict=True):
+        if word in found:
+            found[word] = found[word][0], end, True
+        elif word is not None:
+            found[word] = start, end, token == tokenizer.unk_token_id
+    return [text[start:end].strip() for start, end, is_unknown in found.values() if is_unknown]
+
+
+def _nearest_words(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.6)
+    return f"near it: {', '.join(near)}" if near else ""
 
 
 def make_batches(cases: Sequence[PlannedCase], batch_size: int) -> list[list[PlannedCase]]:
@@ -191,7 +257,7 @@ def run_batches(
             try:
                 ready.append((case, case.request()))
             except (ValueError, OSError) as error:
-                failures[case.key] = str(error)
+                failures[case.key] = sentence(error)
         start, ends = time.perf_counter(), []
 
         def note(step: int, ends: list[float] = ends) -> None:
@@ -225,7 +291,7 @@ def run_batches(
                     yield outputs.CaseReport.of(sidecar, "written", seconds, per_step)
                     continue
                 except OSError as error:
-                    failure = str(error)
+                    failure = sentence(error)
             sampling = case.sampling
             yield outputs.CaseReport(
                 case.key,

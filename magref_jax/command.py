@@ -38,6 +38,23 @@ def program(name: str) -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
+def check_devices() -> None:
+    """Starts JAX's backend. To be called when all processes of a run have found each other.
+
+    Raises:
+        ValueError: it does not start; names the platforms that were asked for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, of a platform that is not installed
+        asked = getattr(jax.config, "jax_platforms", None)
+        reason = str(error).partition("\n")[0] or "JAX has no such backend here"
+        raise ValueError(
+            f"JAX cannot start on JAX_PLATFORMS={asked or ''}: {reason}. Install what it needs, such as jax[cuda13] or jax[tpu], "
+            "or set JAX_PLATFORMS=cpu."
+        ) from None
+
+
 def sentence(error: BaseException) -> str:
     """The message of an error; of an error of the system, the file and what is wrong with it, without a number."""
     if isinstance(error, OSError) and error.strerror:

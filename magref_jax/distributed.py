@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from magref_jax.command import check_devices
 from magref_jax.sharding import shard_batch
 
 # A process that is silent for so long is dead, and the others end. So does one that waits for them to end with it.
@@ -43,7 +44,8 @@ def initialise(coordinator: str | None = None, num_processes: int | None = None,
         process_id: Of this one.
 
     Raises:
-        ValueError: some of the arguments but not all, or numbers that make no sense.
+        ValueError: some of the arguments but not all, numbers that make no sense, or JAX does not start on the platform that
+            was asked for.
         RuntimeError: too late, or a process did not appear within five minutes.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -74,6 +76,7 @@ def initialise(coordinator: str | None = None, num_processes: int | None = None,
         except ValueError as error:  # chips without the metadata of a slice
             if "coordinator_address" not in str(error):
                 raise
+    check_devices()
 
 
 def _join(**arguments: Any) -> None:

@@ -3,9 +3,16 @@
 import contextlib
 import os
 import pathlib
+import platform
 import re
 import time
 from collections.abc import Iterator
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _PART = re.compile(r"\..+\.(\d{1,9})\.part")
 _STARTED = time.time()
@@ -104,3 +111,69 @@ def _is_being_written(path: pathlib.Path, pid: int) -> bool:
     except PermissionError:  # it runs, as another user
         return True
     return True
+
+
+class Claim:
+    """A folder that one process writes to at a time.
+
+    The claim is a lock of the operating system on a file in the folder, so that it ends with its process, however that ends.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+        self._made: list[pathlib.Path] = []
+
+    def take(self) -> str | None:
+        """Takes the folder, and makes it if it is not there; None, or why there is no lock on this file system.
+
+        Raises:
+            ValueError: another process has it.
+            OSError: it cannot be written to.
+        """
+        if fcntl is None:
+            return f"{self.folder} cannot be locked on this system: see to it that nothing else writes to it."
+        while self._file is None:
+            missing = [folder for folder in (self.folder, *self.folder.parents) if not os.path.lexists(folder)]
+            self._made = self._made or missing
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / self.NAME
+            try:
+                file = path.open("a+", encoding="utf-8")
+            except FileNotFoundError:  # another process has just left, and taken its empty folder with it
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with file:
+                    file.seek(0)
+                    who = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{self.folder} is being written to by {who}: wait until it has ended, or give another folder."
+                ) from None
+            except OSError as error:  # some network file systems
+                file.close()
+                path.unlink(missing_ok=True)
+                return f"{self.folder} cannot be locked ({error.strerror}): see to it that nothing else writes to it."
+            # A process that let go in between has removed the name of the file that is locked now.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                self._file = file
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+            else:
+                file.close()
+        return None
+
+    def release(self) -> None:
+        """Lets go of the folder, and removes it if `take` has made it and nothing was put there."""
+        if self._file is not None:
+            (self.folder / self.NAME).unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        self._made = []

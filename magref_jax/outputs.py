@@ -34,7 +34,7 @@ from PIL import Image
 
 from magref_jax.checkpoint import file_digest
 from magref_jax.conditioning.canvas import Box, Canvas, draw_regions
-from magref_jax.config import ModelConfig
+from magref_jax.config import DType, ModelConfig
 from magref_jax.files import replacing
 from magref_jax.video import (
     TILE_HEIGHT,
@@ -82,6 +82,7 @@ class CaseSettings(TypedDict):
     order: int | str | Sequence[int | None] | None  # of the canvas; None: by seed and key
     sampling: dict[str, Any]  # the resolved SamplingConfig
     model: FileSettings  # the folder's name, sha256 of its MANIFEST.json
+    dtype: str  # that the networks compute in; see `compute_dtype`
     loras: list[LoraSettings]
     step_plan: dict[str, Any] | None
     strict_parity: bool
@@ -151,6 +152,16 @@ def _known_sha256(path: pathlib.Path, mtime_ns: int, size: int) -> str:
     return file_digest(path)
 
 
+def compute_dtype(config: ModelConfig) -> str:
+    """What the networks compute in: "float32", or where they differ "bfloat16, vae float32"."""
+    names = ("dit", "vae", "text_encoder", "image_encoder")
+    dtypes: dict[str, DType] = {
+        name: getattr(config, name).dtype for name in names if getattr(config, name) is not None
+    }
+    common = dtypes["dit"]
+    return ", ".join([common, *(f"{name} {dtype}" for name, dtype in dtypes.items() if dtype != common)])
+
+
 def case_digest(settings: CaseSettings) -> str:
     """sha256 of the settings as canonical JSON.
 
@@ -199,6 +210,19 @@ def existing(out: pathlib.Path, keys: Iterable[str]) -> list[pathlib.Path]:
     return [path for key in keys for path in case_files(out, key) if os.path.lexists(path)]
 
 
+def check_folder(out: pathlib.Path) -> None:
+    """Refuses a folder that cannot be written to, or made; nothing is written.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    above = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file; it must be a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{above} may not be written to.")
+
+
 def keep_finished(
     out: pathlib.Path, cases: Sequence[CaseSettings], *, resume: bool = False, overwrite: bool = False
 ) -> frozenset[str]:
@@ -210,11 +234,7 @@ def keep_finished(
     Raises:
         ValueError: names what is in the way and says what can be done.
     """
-    above = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
-    if not above.is_dir():
-        raise ValueError(f"{above} is a file; it must be a folder.")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{above} may not be written to.")
+    check_folder(out)
     found = existing(out, [case["key"] for case in cases])
     if blocked := [path for path in found if path.is_dir()]:
         raise ValueError(f"{_listed([f'{path} is a folder' for path in blocked])}, where a file must go.")
@@ -236,7 +256,7 @@ def keep_finished(
         elif f"{key}.json" in sidecars:
             sidecar = read_sidecar(out, key)
             if sidecar is None:
-                changed.append(f"{key}.json was not written by this program")
+                changed.append(f"{key}.json was not written by this program, or by another version of it")
             elif sidecar["digest"] != digest:
                 changed.append(f"{key} was made with other settings ({_changes(sidecar['settings'], case)})")
     if changed and not overwrite:
@@ -455,6 +475,7 @@ def write_run(
                 "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
                 "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
                 "mesh": None if mesh is None else dict(mesh.shape),
+                "dtype": compute_dtype(config),
                 "peak_memory_bytes": peak_memory(),
                 "seconds": {name: round(value, 3) for name, value in timings.items()},
                 "cases": [_rounded(dataclasses.asdict(report)) for report in reports],

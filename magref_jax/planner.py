@@ -763,8 +763,9 @@ def report_sampling(
 
     `dtype` and `sampling`, fields of `SamplingConfig`, are in place of the folder's.
     """
-    use_cpu(parse_topology(topology))
-    config = pipeline.with_sampling(with_dtype(model_to_plan(folder), dtype), **sampling)
+    target, model = parse_topology(topology), with_dtype(model_to_plan(folder), dtype)
+    use_cpu(target)
+    config = pipeline.with_sampling(model, **sampling)
     if mesh == "auto":
         plans = auto_sampling(config, topology, batch_size=batch_size)
     else:

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from magref_jax import batches, outputs, pipeline, prompts
 from magref_jax.batches import RunSettings, make_batches, plan_case
@@ -15,7 +17,7 @@ from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.prompts import Checks, Entry, Reference
 from tests.tiny_model import CONFIG, model_folder, picture  # noqa: F401
 
-RUN = RunSettings(seed=7, fps=8.0, model={"file": "tiny", "sha256": "aa"})
+RUN = RunSettings(seed=7, fps=8.0, model={"file": "tiny", "sha256": "aa"}, dtype="float32")
 
 
 @pytest.fixture
@@ -287,3 +289,71 @@ def test_a_clock_adds_up_also_when_something_fails(monkeypatch):
     with clock.measure("b"):
         pass
     assert clock.seconds == {"a": 3.5, "b": 0.25}
+
+
+# --- Words.
+
+
+def unigram(*pieces):
+    return models.Unigram([("<unk>", 0.0), *((piece, -float(len(piece))) for piece in pieces)], unk_id=0)
+
+
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz"]
+VOCABULARIES = {
+    "words and marked letters": (
+        models.WordPiece(
+            {piece: index for index, piece in enumerate(["<unk>", "a", "fox", "globe", "rises", *LETTERS[1:]])}
+            | {f"##{letter}": 100 + index for index, letter in enumerate(LETTERS)},
+            unk_token="<unk>",
+        ),
+        pre_tokenizers.BertPreTokenizer(),
+    ),
+    "words alone": (
+        models.WordLevel({"<unk>": 0, "a": 1, "fox": 2, "globe": 3, "rises": 4}, unk_token="<unk>"),
+        pre_tokenizers.Whitespace(),
+    ),
+    "words and letters of a unigram model": (
+        unigram("▁a", "▁fox", "▁globe", "▁rises", "▁", *LETTERS),
+        pre_tokenizers.Metaspace(),
+    ),
+    # As umT5's and CLIP's: most words are made of pieces, and known all the same.
+    "pieces": (unigram("▁a", "▁fox", "▁globe", "▁rises", "▁", "bix", "lor", *LETTERS), pre_tokenizers.Metaspace()),
+    "pieces of bytes": (
+        models.BPE(
+            {piece: index for index, piece in enumerate([*LETTERS, "Ġ", "fo", "fox"])}, [("f", "o"), ("fo", "x")]
+        ),
+        pre_tokenizers.ByteLevel(),
+    ),
+}
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_words_that_a_tokenizer_of_words_does_not_know_are_noted_with_the_nearest(work, vocabulary):
+    model, splitter = VOCABULARIES[vocabulary]
+    made = Tokenizer(model)
+    made.pre_tokenizer = splitter
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    cases = checked(
+        entry("one", "a fox rises", ()),
+        entry("two", "a glorbe moves", (), negative_prompt="a fox xylem"),
+    )
+    checks = Checks()
+    assert CONFIG.sampling.negative_prompt == "blue"  # which nobody has typed, and no vocabulary here has
+    batches.check_words(tokenizer, cases, "blue", checks)
+    if vocabulary.startswith("pieces"):
+        assert checks.notes == []
+    else:
+        (note,) = checks.notes
+        assert note.startswith("line two: the model does not know 'glorbe' (near it: globe), 'moves', 'xylem', ")
+
+
+def test_the_bundled_tokenizer_knows_the_words_of_its_world_and_no_others(work):
+    tokenizer = pipeline.load_tokenizer(pathlib.Path(pipeline.__file__).parent / "bundled" / "emoji")
+    known = batches.whole_words(tokenizer)
+    assert {"fox", "slides", "meadow", "bounces"} <= known
+    assert not {"glorbix", "cathedral", "moves", "foxes"} & known
+    checks = Checks()
+    batches.check_words(tokenizer, checked(entry("a", "the Foxes, the fox on the left", ())), "blue", checks)
+    (note,) = checks.notes
+    assert "does not know 'Foxes' (near it: fox" in note
+    assert "'fox'" not in note

@@ -1,7 +1,10 @@
 import dataclasses
 import errno
+import os
 import pathlib
 import pwd
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -90,3 +93,18 @@ def test_the_cache_is_a_setting_of_jax(tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"),
+    [("cuda", "JAX has no such backend here"), ("nonsense", "Unable to initialize backend 'nonsense'")],
+)
+def test_a_platform_that_is_not_there_is_one_sentence(platform, reason):
+    code = "from magref_jax import command\nwith command.program('tool'):\n    command.check_devices()"
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("tool:")]
+    assert f"JAX cannot start on JAX_PLATFORMS={platform}: {reason}" in line
+    assert "JAX_PLATFORMS=cpu" in line
+    assert "Traceback" not in done.stderr

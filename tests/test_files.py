@@ -1,13 +1,17 @@
-"""Text that people saved with whatever their editor does: read, or refused by file, line and encoding; files that are written whole."""
+"""Files that are written whole, folders that one process writes to, and text that people saved: read, or refused by line."""
 
 import errno
 import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
+from magref_jax import files
 from magref_jax.command import sentence
-from magref_jax.files import read_text, replacing, text_lines
+from magref_jax.files import Claim, read_text, replacing, text_lines
 
 CAFE = "naïve\ncafé\u2028狐\n"  # U+2028 separates lines for `str.splitlines`, and nowhere else
 
@@ -68,3 +72,61 @@ def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypa
     assert (tmp_path / "a.txt").read_text() == "all of it"
     status = (tmp_path / "a.txt").stat()
     assert asked == [("flush", status.st_ino, 9), ("name", status.st_ino, 9)]
+
+
+HOLD = """
+import pathlib, sys
+from magref_jax.files import Claim
+claim = Claim(pathlib.Path(sys.argv[1]))
+print(claim.take(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no locks of this kind")
+def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
+    out = tmp_path / "a" / "b"
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "None\n"
+        claim = Claim(out)
+        with pytest.raises(ValueError, match=rf"^{out} is being written to by process {other.pid} on .*: wait until"):
+            claim.take()
+        claim.release()  # of what it does not have
+        assert [path.name for path in out.iterdir()] == [Claim.NAME]
+        other.kill()
+        other.wait()
+    assert claim.take() is None
+    with pytest.raises(ValueError, match=f"by process {os.getpid()} on"):
+        Claim(out).take()
+    claim.release()
+    assert list(out.iterdir()) == []  # which the other process had made
+    assert claim.take() is None  # again
+    claim.release()
+
+
+def test_a_claim_leaves_what_was_there_and_nothing_else(tmp_path):
+    claim = Claim(tmp_path / "a" / "b")
+    claim.take()
+    (tmp_path / "a" / "kept").touch()
+    claim.release()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        with pytest.raises(OSError, match="file"):
+            Claim(tmp_path / folder).take()
+
+
+@pytest.mark.parametrize("system", ["no locks on this file system", "no fcntl"])
+def test_without_locks_one_is_told(tmp_path, monkeypatch, system):
+    def refuse(file, flags):
+        raise OSError(37, "No locks available")
+
+    if system == "no fcntl":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
+    claim = Claim(tmp_path / "out")
+    assert re.match(rf"{tmp_path}.out cannot be locked.*: see to it that nothing else writes to it", claim.take())
+    claim.release()
+    assert list(pathlib.Path(tmp_path).iterdir()) == []

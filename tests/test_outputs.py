@@ -37,6 +37,7 @@ def settings_of(key: str, seed: int = 1) -> CaseSettings:
         "order": None,
         "sampling": vars(SamplingConfig(height=32, width=32, num_frames=5, num_inference_steps=4)),
         "model": {"file": "tiny", "sha256": "aa"},
+        "dtype": "float32",
         "loras": [{"file": "fast.safetensors", "sha256": "bb", "strength": 0.5}],
         "step_plan": {"evaluate": [True, False], "scale": [1.0, 1.25]},
         "strict_parity": False,
@@ -99,7 +100,7 @@ def test_a_run_leaves_three_files_per_case_and_a_sheet(whole):
 
 def test_the_digest_is_the_hash_of_canonical_json():
     expected = (
-        '{"fps":16.0,"key":"k","loras":[],"model":{"file":"m","sha256":"aa"},"order":null,"prompt":"狐\\n\\"","references":'
+        '{"dtype":"bfloat16","fps":16.0,"key":"k","loras":[],"model":{"file":"m","sha256":"aa"},"order":null,"prompt":"狐\\n\\"","references":'
         '[],"sampling":{"height":8,"width":4},"seed":7,"step_plan":null,"store_metadata":true,"strict_parity":false}'
     )
     settings = json.loads(expected)
@@ -279,7 +280,9 @@ def test_files_in_the_way_are_named_with_what_can_be_done(tmp_path):
     assert outputs.keep_finished(out, cases, overwrite=True) == frozenset()
     assert outputs.keep_finished(out, cases, resume=True) == {"a"}  # b has no sidecar: a run was killed there
     (out / "b.json").write_text("{}")
-    with pytest.raises(ValueError, match="b.json was not written by this program. Give --overwrite too"):
+    with pytest.raises(
+        ValueError, match="b.json was not written by this program, or by another version of it. Give --overwrite too"
+    ):
         outputs.keep_finished(out, cases, resume=True)
     assert outputs.keep_finished(out, cases, resume=True, overwrite=True) == {"a"}
     assert outputs.keep_finished(out, [settings_of("c")]) == frozenset()

@@ -1,7 +1,9 @@
 """sample.py from outside: the files it writes, what it refuses and how, what kills it and what does not."""
 
+import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 import sample
-from magref_jax import outputs, pipeline, prompts
+from magref_jax import files, outputs, pipeline, prompts
 from magref_jax.config import DiTConfig, ModelConfig
 from magref_jax.data import emoji_examples
 from magref_jax.prompts import ALIASES, Checks
@@ -471,7 +473,12 @@ WRONG = {
         [*APPLE, "--out", "apple.png/x"],
         "apple.png is a file; it must be a folder",
     ),
-    "model": ([*APPLE, "--model", "nowhere"], "--model nowhere: "),
+    "model": ([*APPLE, "--model", "nowhere"], "--model: nowhere does not exist; a model folder holds config.json"),
+    "dtype": ([*APPLE, "--dtype", "fp16"], "--dtype fp16: dtype='fp16' is unknown; choose from float32, bfloat16"),
+    "platform of a plan": ([*APPLE, "--plan", "v6e-8"], "in chips, it is v6e:2x4"),
+    "model of a plan": (["--plan", "cpu:8", "--model", "nowhere"], "nowhere does not exist; a model folder holds"),
+    "dtype of a plan": (["--plan", "cpu:8", "--dtype", "half"], "dtype='half' is unknown"),
+    "half of a distributed run": ([*APPLE, "--num_processes", "2"], "not given: processes are told all of"),
     "unknown option": ([*APPLE, "--step", "3"], "unrecognized arguments: --step 3"),
 }
 
@@ -542,7 +549,7 @@ def test_damaged_weights_end_the_run_before_anything_is_made(model_folder, work)
             make(model_folder, *APPLE)
     finally:
         path.write_bytes(content)
-    assert names(work / "outputs") == set()
+    assert not (work / "outputs").exists()
 
 
 # --- What is there already.
@@ -797,6 +804,128 @@ def test_a_reference_that_disappears_when_its_video_is_made_is_not_on_the_sheet(
     made = contents(work / "out")
     assert set(made) == set(good)
     assert {name for name in made if made[name] != good[name]} == {"contact_sheet.png"}
+
+
+# --- What is full, taken or interrupted.
+
+
+def full_disk(*names):
+    """`files.os.replace`, but for files of these names the disk is full."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if pathlib.Path(target).name in names:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "message", "table"),
+    [
+        ("contact_sheet.png", 0, "no contact sheet: contact_sheet.png: No space left", "1 video: 1 written"),
+        ("run.json", 0, "no run.json: run.json: No space left", "1 video: 1 written"),
+        ("the_red_apple_rises.mp4", 3, "", "1 video: 1 failed"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_what_was_made_stays(
+    model_folder, work, capsys, monkeypatch, file, status, message, table
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full_disk(file))
+        with contextlib.ExitStack() as stack:
+            if status:
+                exit_info = stack.enter_context(pytest.raises(SystemExit))
+            make(model_folder, *APPLE, "--out", "out")
+    assert not status or exit_info.value.code == status
+    printed = capsys.readouterr()
+    assert message in printed.err.replace(f"{pathlib.Path('out')}{os.sep}", "")
+    assert "Errno" not in printed.err + printed.out
+    assert table in printed.out
+    left = {file, "contact_sheet.png"} | files_of(["the_red_apple_rises"]) if status else {file}
+    assert names(work / "out") == files_of(["the_red_apple_rises"]) - (left - {"run.json"} if status else left)
+
+
+def test_a_full_disk_in_a_dry_run_is_one_sentence(model_folder, work, capsys, monkeypatch):
+    monkeypatch.setattr(files.os, "replace", full_disk("the_red_apple_rises_mask.png"))
+    message = refusal(capsys, make, model_folder, *APPLE, "--out", "out", "--dry_run")
+    assert "sample.py: out/dry_run/the_red_apple_rises_mask.png: No space left on device" in message.replace("\\", "/")
+    assert [path.name for path in (work / "out").rglob("*.*")] == ["the_red_apple_rises_canvas.png"]
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_a_folder_that_another_run_writes_to_is_refused(refused, work, more):
+    held = files.Claim(work / "out")
+    held.take()
+    assert f"--out out: out is being written to by process {os.getpid()} on" in refused(*APPLE, "--out", "out", *more)
+    held.release()
+
+
+def test_a_run_that_is_interrupted_says_so_and_leaves_what_it_made(model_folder, work, capsys, monkeypatch):
+    (work / "two.txt").write_text("\n".join(LINES[:2]))
+    generate, calls = pipeline.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "generate", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        make(model_folder, "--prompts", "two.txt", "--out", "out")
+    assert exit_info.value.code == 130
+    assert "sample.py: interrupted" in capsys.readouterr().err
+    assert names(work / "out") == files_of(["case_00"]) - {"contact_sheet.png"}
+    assert statuses(work / "out") == {"case_00": "written"}
+
+
+# --- What it computes in, and which words it knows.
+
+
+def test_the_dtype_is_recorded_and_never_mixed(model_folder, work, capsys):
+    make(model_folder, *APPLE, "--out", "out", "--dtype", "bfloat16")
+    key = "the_red_apple_rises"
+    sidecar = json.loads((work / "out" / f"{key}.json").read_text())
+    assert sidecar["settings"]["dtype"] == "bfloat16"
+    assert read_video(work / "out" / f"{key}.mp4").metadata["dtype"] == "bfloat16"
+    run = json.loads((work / "out" / "run.json").read_text())
+    networks = ("dit", "vae", "text_encoder", "image_encoder")
+    assert (run["dtype"], {run["config"][name]["dtype"] for name in networks}) == ("bfloat16", {"bfloat16"})
+    message = refusal(capsys, make, model_folder, *APPLE, "--out", "out", "--resume")
+    assert 'made with other settings (dtype "bfloat16", now "float32")' in message
+
+    # What the folder says, said again, is the same.
+    make(model_folder, *APPLE, "--out", "float32")
+    make(model_folder, *APPLE, "--out", "float32", "--dtype", "float32", "--resume")
+    assert statuses(work / "float32") == {key: "kept"}
+    assert contents(work / "float32")[f"{key}.mp4"] != contents(work / "out")[f"{key}.mp4"]
+
+
+def test_unknown_words_are_noted_before_sampling_and_in_a_dry_run(model_folder, work, capsys, monkeypatch):
+    words = ["--prompt", "a glorbix moves over the red apple"]
+    make(model_folder, *words, "--out", "out", "--dry_run")
+    expected = "--prompt: the model does not know 'glorbix' (near it: globe"
+    assert expected in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "load", lambda *args, **kwargs: sys.exit(0))
+    with pytest.raises(SystemExit):
+        make(model_folder, *words, "--out", "out")
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", sample.PATHS)
+def test_a_path_of_a_bucket_is_refused_before_anything_runs(refused, option):
+    path = "gs://bucket/x.png:fox" if option in ("ref", "background") else "gs://bucket/x"
+    given = [] if option in ("prompts", "ref", "background") else APPLE
+    more = ["--prompt", "a fox"] if option in ("ref", "background") else []
+    for plan in ([], ["--plan", "cpu:8"]):
+        assert f"--{option} gs:/" in refused(*given, *more, f"--{option}", path, *plan)
+
+
+def test_every_path_option_is_known_as_one():
+    paths = {action.dest for action in sample.parser()._actions if action.type is pathlib.Path}
+    assert paths < set(sample.PATHS)
 
 
 # --- What is imported.
