@@ -268,17 +268,23 @@ class Plan:
     options: dict[str, Any]  # of every batch
 
 
-def check_options(arguments: argparse.Namespace, checks: Checks) -> None:
-    """What needs no model to be seen wrong."""
+def check_options(arguments: argparse.Namespace, checks: Checks) -> dict[str, Any]:
+    """What needs no model to be seen wrong. `fps` and `attention`, if they were given and are right."""
     for flag, lowest, highest in (("seed", 0, prompts.MAX_SEED), ("batch_size", 1, MAX_BATCH)):
         if not lowest <= getattr(arguments, flag) <= highest:
             checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {lowest} to {highest}.")
+    right = {}
     if arguments.fps is not None and not 0 < arguments.fps < 1000:
         checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
+    elif arguments.fps is not None:
+        right["fps"] = arguments.fps
     if arguments.attention not in (None, "auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))
         checks.problems.append(f"--attention {arguments.attention}: is unknown; choose one of {names}.")
+    elif arguments.attention is not None:
+        right["attention"] = arguments.attention
     checks.attempt(f"--out {arguments.out}", outputs.check_folder, arguments.out)
+    return right
 
 
 def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
@@ -292,13 +298,13 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     loras = [] if config is None else read_loras(arguments, config, checks)
     shape = arguments.mesh or ("fsdp=-1" if jax.process_count() > 1 else "")
     mesh = shape and checks.attempt(f"--mesh {shape}", sharding.make_mesh, shape)
-    check_options(arguments, checks)
+    right = check_options(arguments, checks)
     entries = read_entries(arguments, checks)
     if config is None or tokenizer is None:
         checks.stop()
     default_negative = config.sampling.negative_prompt
-    dit = dataclasses.replace(config.dit, attention=arguments.attention or config.dit.attention)
-    config = dataclasses.replace(config, dit=dit, fps=arguments.fps or config.fps)
+    dit = dataclasses.replace(config.dit, attention=right.get("attention", config.dit.attention))
+    config = dataclasses.replace(config, dit=dit, fps=right.get("fps", config.fps))
     config = checks.attempt("options", pipeline.with_sampling, config, **overrides) or config
     run = None if checks.problems else checks.attempt("--model", run_settings, arguments, config, checks)
 

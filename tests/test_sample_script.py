@@ -172,7 +172,7 @@ def test_without_arguments_the_bundled_examples_become_videos(model_folder, work
     [
         (["--prompt", "the apple rises", "--ref", "apple.png:apple", "--out", "one"], "the_apple_rises"),
         (["--prompt=-- the apple's --seed rises", "--src_ref_images", "apple.png,fish.png", "--out", "one/"], None),
-        (["--prompt=--seed", "--background", "apple.png", "--subjects", "seed", "--save_dir=./one"], "--seed"),
+        (["--prompt=--seed", "--background", "apple.png", "--subjects", "seed", "--save_dir=./one"], "seed"),
     ],
 )
 def test_one_prompt_is_one_video_and_the_next_command_another(model_folder, work, capsys, arguments, key):
@@ -428,7 +428,7 @@ WRONG = {
     "missing file": (["--prompts", "missing.txt"], "there is no prompt file missing.txt"),
     "suffix": (["--prompts", "apple.png"], "the suffix '.png' is unknown; a prompt file is one of .txt, .json"),
     "empty file": (["--prompts", "empty.txt"], "empty.txt: no video is asked for in it"),
-    "latin-1": (["--prompts", "latin.txt"], "latin.txt: line 2 is not UTF-8: it has the byte 0xe9"),
+    "latin-1": (["--prompts", "latin.txt"], "latin.txt line 2 is not UTF-8: it has the byte 0xe9"),
     "size": ([*APPLE, "--size", "70x8"], "--size 70x8: width=70 must be a positive multiple of 4"),
     "size in words": ([*APPLE, "--size", "big"], "--size big: must be WIDTHxHEIGHT in pixels"),
     "size and height": ([*APPLE, "--size", "8x8", "--height", "8"], "--size, and also --height or --width"),
