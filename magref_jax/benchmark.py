@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from magref_jax.command import check_local, check_output_folder, program
 from magref_jax.config import DiTConfig, DType, VAEConfig
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.rules import Rule, convert, torch_shapes
@@ -731,7 +732,15 @@ def to_json(measurements: Sequence[Measurement]) -> list[Mapping[str, Any]]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    with program("benchmark"):
+        run(tyro.cli(Arguments, description=__doc__))
+
+
+def run(arguments: Arguments) -> None:
+    """Measures what is asked for and prints it, and writes it where one says."""
+    if arguments.json is not None:
+        check_local("--json", arguments.json)
+        check_output_folder("--json", arguments.json.parent)
     about = environment()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     if importlib.util.find_spec("torch") is None and not arguments.no_torch:

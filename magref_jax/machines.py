@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from magref_jax import pipeline, planner
+from magref_jax.command import check_local, check_output_folder, program
 from magref_jax.config import ModelConfig
 from magref_jax.files import replacing
 from magref_jax.hlo import Collective
@@ -114,8 +115,10 @@ def write_table(plans: Mapping[Job, planner.Plan]) -> str:
     return "\n".join(lines)
 
 
-def main(plans: tyro.conf.Positional[pathlib.Path]) -> None:
+def run(plans: tyro.conf.Positional[pathlib.Path]) -> None:
     """Compiles what has no plan in the folder yet, and prints the tables."""
+    check_local("PLANS", plans)
+    check_output_folder("PLANS", plans)
     planner.use_cpu(planner.parse_topology("h100:8"))
     plans.mkdir(parents=True, exist_ok=True)
     for job in JOBS:
@@ -129,5 +132,10 @@ def main(plans: tyro.conf.Positional[pathlib.Path]) -> None:
         print(f"\n`python {script}`\n\n{write_table(found)}")
 
 
+def main() -> None:
+    with program("machines"):
+        tyro.cli(run)
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

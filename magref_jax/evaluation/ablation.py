@@ -17,7 +17,6 @@ import json
 import pathlib
 import shutil
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 from xml.sax.saxutils import escape
@@ -26,6 +25,7 @@ import numpy as np
 import tyro
 
 from magref_jax import pipeline
+from magref_jax.command import check_local_fields, check_output_folder, program
 from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip
 from magref_jax.evaluation.emoji_benchmark import generate_videos, make_request
 from magref_jax.evaluation.emoji_metrics import METRICS, NUM_CANDIDATES, evaluate
@@ -170,6 +170,7 @@ class Run:
         return {"preset": self.preset.name} | {name: getattr(self, name) for name in names}
 
     def __call__(self) -> None:
+        check_output_folder("--out", self.out)
         folder = self.out / self.row / f"seed_{self.seed}"
         if (folder / "result.json").exists():
             if read_result(folder / "result.json").budget != self.budget:
@@ -407,6 +408,7 @@ class Table:
     out: pathlib.Path = pathlib.Path("docs")  # with emoji_world.md
 
     def __call__(self) -> None:
+        check_output_folder("--out", self.out)
         page, plot = self.out / "emoji_world.md", self.out / "emoji_world" / "ablation.svg"
         results = read_results(self.runs)
         table = write_table(results)
@@ -419,10 +421,10 @@ class Table:
 
 
 def main() -> None:
-    try:
-        tyro.cli(Run | Table, description=__doc__)()
-    except (ValueError, OSError) as error:
-        sys.exit(f"ablation: {error}")
+    with program("evaluation.ablation"):
+        command = tyro.cli(Run | Table, description=__doc__)
+        check_local_fields("arguments", command)
+        command()
 
 
 if __name__ == "__main__":

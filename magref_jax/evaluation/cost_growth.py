@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import tyro
 
 from magref_jax import pipeline, planner
+from magref_jax.command import check_local, check_output_folder, program
 from magref_jax.config import ModelConfig
 from magref_jax.files import replacing
 
@@ -140,8 +141,10 @@ def _panel(costs: Sequence[Cost], name: str, left: float) -> list[str]:
     return parts
 
 
-def main(out: tyro.conf.Positional[pathlib.Path] = pathlib.Path("docs/scaling")) -> None:
+def run(out: tyro.conf.Positional[pathlib.Path] = pathlib.Path("docs/scaling")) -> None:
     """Compiles, which takes some minutes, and writes growth.json and growth.svg."""
+    check_local("OUT", out)
+    check_output_folder("OUT", out)
     planner.use_cpu(planner.parse_topology("h100:8"))
     costs = []
     for frames, devices in itertools.product(COLOURS, MESHES):
@@ -155,5 +158,10 @@ def main(out: tyro.conf.Positional[pathlib.Path] = pathlib.Path("docs/scaling"))
     print(write_table(costs))
 
 
+def main() -> None:
+    with program("evaluation.cost_growth"):
+        tyro.cli(run)
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

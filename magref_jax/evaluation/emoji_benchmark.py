@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from magref_jax import pipeline
+from magref_jax.command import check_local_fields, check_output_folder, program
 from magref_jax.conditioning.canvas import compose_canvas
 from magref_jax.conditioning.subjects import Subject
 from magref_jax.config import ModelConfig, SamplingConfig
@@ -216,8 +217,11 @@ def run_benchmark(arguments: Arguments, model: pipeline.Model) -> Columns:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    run_benchmark(arguments, pipeline.load(arguments.model))
+    with program("evaluation.emoji_benchmark"):
+        arguments = tyro.cli(Arguments, description=__doc__)
+        check_local_fields("arguments", arguments)
+        check_output_folder("--out", arguments.out)
+        run_benchmark(arguments, pipeline.load(arguments.model))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ is printed, and written with the ratios and the settings they belong to.
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from magref_jax import images, pipeline
+from magref_jax.command import check_local_fields, check_output_folder, program
 from magref_jax.config import ModelConfig, SamplingConfig, load_model_config
 from magref_jax.data.emoji_world import EmojiWorldConfig, sample_clip
 from magref_jax.descriptions import short_repr
@@ -266,12 +266,12 @@ def write_table(table: StepTable) -> str:
 
 
 def main() -> None:
-    try:
+    with program("evaluation.step_cache"):
         arguments = tyro.cli(Arguments, description=__doc__)
+        check_local_fields("arguments", arguments)
+        check_output_folder("--out", arguments.out.parent)
         requests = make_requests(arguments, load_model_config(arguments.model))
         measure(arguments, pipeline.load(arguments.model), requests)
-    except (ValueError, OSError) as error:
-        sys.exit(f"step_cache: {error}")
 
 
 if __name__ == "__main__":
