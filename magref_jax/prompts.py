@@ -535,10 +535,10 @@ def read_entries(path: pathlib.Path, checks: Checks) -> list[Entry]:
 
 
 def _read_file(path: pathlib.Path, entries: list[Entry], checks: Checks) -> None:
+    images.regular_file(path, MAX_BYTES, "prompt file")
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         raise ValueError(f"the suffix {path.suffix!r} is unknown; a prompt file is one of {', '.join(FORMATS)}.")
-    images.regular_file(path, MAX_BYTES, "prompt file")
     try:
         text = read_text(path)
     except ValueError as error:  # which names the file and the line

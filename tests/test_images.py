@@ -78,6 +78,22 @@ def test_damaged_exif_is_no_damaged_picture(tmp_path, suffix, exif):
     assert check_image(tmp_path / f"image.{suffix}") == (40, 20)
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, colour_type, rows):
+    """A PNG file of these rows, each with the 0 of its filter before it."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    packed = chunk(b"IDAT", zlib.compress(rows, 1))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + packed + chunk(b"IEND", b"")
+
+
+def png_of(width, height):
+    """A black PNG of one bit per pixel: a bomb, if it is large."""
+    return png(width, height, 1, 0, bytes((1 + -(-width // 8)) * height))
+
+
 def palette(transparency=None):
     image = Image.new("P", (2, 1))
     image.putpalette([200, 10, 10, 10, 200, 10])
@@ -120,6 +136,21 @@ def test_every_kind_of_file_has_the_pixels_it_must_have(tmp_path, name, image, o
     image.save(tmp_path / name, **options)
     assert pixels(tmp_path / name).reshape(-1, 3).tolist() == [list(colour) for colour in expected]
     assert pixels(tmp_path / name, strict_parity=True).reshape(-1, 3).tolist() == [list(colour) for colour in strict]
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "depth", "row", "expected"),
+    [
+        (0, 2, [0b00011011], [(0,) * 3, (85,) * 3, (170,) * 3, (255,) * 3]),
+        (0, 4, [0x5F], [(85,) * 3, (255,) * 3]),
+        (2, 16, [0xC8, 0xFF, 0x0A, 0x00, 0x0A, 0x80], [RED]),  # of 16 bits the high byte
+        (6, 16, [0xC8, 0xFF, 0x0A, 0x00, 0x0A, 0x80, 0x33, 0x33], [FIFTH]),
+        (4, 16, [0x64, 0xFF, 0x33, 0x33], [(224,) * 3]),
+    ],
+)
+def test_every_depth_of_a_png(tmp_path, colour_type, depth, row, expected):
+    (tmp_path / "image.png").write_bytes(png(len(expected), 1, depth, colour_type, bytes([0, *row])))
+    assert pixels(tmp_path / "image.png")[0].tolist() == [list(colour) for colour in expected]
 
 
 def test_sixteen_bit_grey_may_be_transparent(tmp_path):
@@ -318,17 +349,6 @@ def test_an_image_without_pixels_is_refused_by_name(size, strict_parity):
     images = [Image.new("RGB", (8, 8)), Image.new("RGB", size)]
     with pytest.raises(ValueError, match=rf"reference_images\[1\] has no pixels: it is {size[0]}x{size[1]}\."):
         compose_canvas(images, 32, 32, strict_parity=strict_parity)
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_of(width, height):
-    """A black PNG of one bit per pixel: a bomb, if it is large."""
-    rows = zlib.compress(bytes((1 + -(-width // 8)) * height), 1)
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -711,11 +711,14 @@ def test_prompts_are_kept_as_they_are_written(work, prompt, note):
 def test_what_is_no_prompt_file_is_named(work):
     os.mkfifo("pipe.txt")
     pathlib.Path("folder.txt").mkdir()
+    pathlib.Path("folder").mkdir()
     pathlib.Path("empty.csv").touch()
     with open("huge.json", "wb") as file:
         file.truncate(65 * 2**20)
     for name, message in (
         ("missing.txt", "missing.txt: there is no prompt file missing.txt."),
+        ("missing", "missing: there is no prompt file missing."),
+        ("folder", "folder: folder is a folder, no prompt file."),
         ("pipe.txt", "pipe.txt: pipe.txt is a pipe or a device, no prompt file."),
         ("folder.txt", "folder.txt: folder.txt is a folder, no prompt file."),
         ("huge.json", "huge.json: huge.json has 65.0 MB; at most 64 are read."),
