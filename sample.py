@@ -87,7 +87,12 @@ def parser() -> argparse.ArgumentParser:
     add(what, "frames", type=int, help="before the leading ones, which show the canvas, are dropped")
     add(what, "fps", type=float, help="frames per second of the file")
     add(what, "layout", help="of the canvas: v1 or v2; v2:input or v2:2,0,1 pins the order of the references")
-    add(what, "strict_parity", action="store_true", help="read images as the official code: no EXIF, no transparency")
+    add(
+        what,
+        "strict_parity",
+        action="store_true",
+        help="read images as the official code: no EXIF, no colour profile, no transparency",
+    )
 
     how = p.add_argument_group("how to make it")
     add(how, "model", type=pathlib.Path, default=BUNDLED / "emoji", metavar="DIR", help="model folder")
