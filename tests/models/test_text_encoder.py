@@ -6,7 +6,26 @@ import numpy as np
 from flax import traverse_util
 
 from magref_jax.config import TextEncoderConfig
-from magref_jax.models.text_encoder import TextEncoder
+from magref_jax.models.text_encoder import SelfAttention, TextEncoder, relative_buckets
+
+
+def test_position_biases_of_a_bfloat16_encoder_are_float32():
+    # With queries of zero the logits are the biases, up to 60 here: bfloat16 would round them to quarters.
+    config = TextEncoderConfig(vocab_size=40, dim=32, ffn_dim=48, num_heads=4, head_dim=8, num_layers=1)
+    rng = np.random.default_rng(1)
+    table = rng.uniform(40, 60, (32, 4)).astype(np.float32)
+    value = rng.choice([-1.0, 1.0], (1, 40, 32))
+    one, nothing = {"kernel": np.eye(32, dtype=np.float32)}, {"kernel": np.zeros((32, 32), np.float32)}
+    params = {"query": nothing, "key": nothing, "value": one, "out": one, "relative_bias": table}
+
+    found = SelfAttention(config).apply({"params": params}, value.astype(np.float32), np.ones((1, 1, 1, 40), bool))
+
+    bias = table.astype(np.float64)[relative_buckets(40, 32, 128)].transpose(2, 0, 1)
+    weights = np.exp(bias - bias.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("nqk,knd->qnd", weights, value.reshape(40, 4, 8)).reshape(40, 32)
+    # What is left is the rounding of weights and result.
+    np.testing.assert_allclose(np.asarray(found[0], np.float64), expected, rtol=0, atol=2**-7)
 
 
 def test_the_sum_over_layers_of_a_bfloat16_encoder_is_float32():

@@ -199,6 +199,11 @@ def test_encoder_is_causal():
         assert change[k, first:].min() > 1e-4
 
 
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to it, in float64."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
 def test_channel_norm():
     norm = vae.ChannelNorm()
     scale = {"params": {"scale": jnp.array([1.0, -2.0])}}
@@ -210,9 +215,12 @@ def test_channel_norm():
         expected = math.sqrt(2) * np.array([3, -8]) * size / max(5 * size, 1e-12)
         np.testing.assert_allclose(y.ravel(), expected, rtol=1e-5)
 
-    # In bfloat16 the sum of these squares would end at 256.
-    many = norm.apply({"params": {"scale": jnp.ones(1024)}}, jnp.ones((1, 1, 1, 1, 1024), jnp.bfloat16))
-    np.testing.assert_array_equal(many, np.ones((1, 1, 1, 1, 1024)))
+    # A bfloat16 network rounds the result and nothing before it.
+    rng = np.random.default_rng(4)
+    x, gains = bfloat16(rng.standard_normal((1, 1, 1, 50, 96))), 1 + 0.3 * rng.standard_normal(96).astype(np.float32)
+    y = norm.apply({"params": {"scale": gains}}, jnp.asarray(x, jnp.bfloat16))
+    expected = x / np.sqrt(np.square(x).sum(-1, keepdims=True)) * math.sqrt(96) * gains
+    assert np.mean(np.asarray(y, np.float64) == bfloat16(expected)) > 0.995
 
     zeros = jnp.zeros((1, 1, 1, 1, 2))
     np.testing.assert_array_equal(norm.apply(scale, zeros), zeros)
@@ -223,12 +231,9 @@ def test_channel_norm():
 def test_attention_of_a_bfloat16_network_is_float32_inside():
     # Ones with signs, which the norm leaves as they are, and weights that bfloat16 holds: logits up to 60, where bfloat16
     # counts in quarters.
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return x.astype(ml_dtypes.bfloat16).astype(np.float64)
-
     rng = np.random.default_rng(3)
     x = rng.choice([-1.0, 1.0], (1, 1, 4, 5, 8))
-    kernel = rounded(rng.standard_normal((8, 24)) * np.repeat([1.7, 1.7, 1], 8))
+    kernel = bfloat16(rng.standard_normal((8, 24)) * np.repeat([1.7, 1.7, 1], 8))
     params = {
         "norm": {"scale": np.ones(8, np.float32)},
         "qkv": {"kernel": kernel.astype(np.float32)[None, None], "bias": np.zeros(24, np.float32)},
@@ -237,7 +242,7 @@ def test_attention_of_a_bfloat16_network_is_float32_inside():
 
     found = vae.SpatialAttention().apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
 
-    query, key, value = np.split(rounded(x.reshape(20, 8) @ kernel), 3, axis=-1)
+    query, key, value = np.split(bfloat16(x.reshape(20, 8) @ kernel), 3, axis=-1)
     logits = query @ key.T / math.sqrt(8)
     assert np.abs(logits).max() > 32
     weights = np.exp(logits - logits.max(-1, keepdims=True))
