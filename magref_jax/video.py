@@ -229,7 +229,9 @@ def decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Vid
 
 def _deinterlacer(stream: av.VideoStream) -> av.filter.Graph:
     graph = av.filter.Graph()
-    nodes = graph.add_buffer(template=stream), graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    # From the lines of one field, without the frames before and after: those differ where reading began elsewhere, and the
+    # first frame of a file, which has none, would keep its combs.
+    nodes = graph.add_buffer(template=stream), graph.add("estdif", "mode=frame:deint=interlaced")
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     return graph
 

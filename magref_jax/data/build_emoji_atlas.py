@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from magref_jax.command import check_local, program
+
 TILE_SIZE = 48
 MARGIN = 1
 COLUMNS = 48
@@ -232,7 +234,10 @@ def build(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with the four npm tarballs")
-    build(parser.parse_args().folder)
+    arguments = parser.parse_args()
+    with program("data.build_emoji_atlas"):
+        check_local("folder", arguments.folder)
+        build(arguments.folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pathlib
 
 from PIL import Image
 
+from magref_jax.command import check_local, program
 from magref_jax.data.emoji_world import load_atlas, split_identities
 
 FOLDER = pathlib.Path(__file__).parent.parent / "bundled" / "examples"
@@ -63,7 +64,10 @@ def write_examples(folder: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, nargs="?", default=FOLDER)
-    write_examples(parser.parse_args().folder)
+    arguments = parser.parse_args()
+    with program("data.emoji_examples"):
+        check_local("folder", arguments.folder)
+        write_examples(arguments.folder)
 
 
 if __name__ == "__main__":

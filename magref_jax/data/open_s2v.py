@@ -12,23 +12,26 @@ import dataclasses
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import av
 import numpy as np
 import tyro
 from jaxtyping import Bool
 from PIL import Image
 from tqdm import tqdm
 
+from magref_jax import images
+from magref_jax.command import check_local, check_local_fields, check_output_folder, program
 from magref_jax.conditioning.canvas import Box
 from magref_jax.conditioning.subjects import clean_prompt, occurrences
-from magref_jax.data.prepare import Cut, cut_clip
-from magref_jax.files import replacing
+from magref_jax.data.prepare import Cut, cut_clip, parse_line
+from magref_jax.data.records import Skipped
+from magref_jax.files import read_text, replacing
 
 CLASSES = ("subject", "object")  # kinds of `word_tags` that become references
+MAX_BYTES = 2**36  # of a file of annotations
+SHOWN = 20  # problems that are listed
 DUPLICATE = 0.8  # intersection over union from which two masks are one thing with two names
 
 
@@ -103,32 +106,33 @@ def _crop_of(metadata: Mapping[str, Any]) -> Box:
     return left, top, right, bottom
 
 
+def _captions(given: Any) -> list[str]:
+    """One text or some, cleaned."""
+    captions = [clean_prompt(caption) for caption in ([given] if isinstance(given, str) else given)]
+    if not captions or not captions[0]:
+        raise ValueError("it has no caption")
+    return captions
+
+
 def import_clip(
     key: str, entry: Mapping[str, Any], videos: pathlib.Path, out: pathlib.Path, limits: Limits
-) -> dict[str, Any]:
-    """The line of one clip; its cut-outs are written below `out`.
+) -> tuple[dict[str, Any], dict[pathlib.Path, Image.Image]]:
+    """The line of one clip, and its cut-outs by the file below `out` that the line has them in.
 
     Raises:
-        ValueError: the annotations contradict each other or the video; `av.FFmpegError` where it cannot be decoded.
-        KeyError: a field is missing.
+        Exception: whatever annotations that contradict each other, or have other types than they should, or a damaged video
+            lead to.
     """
     metadata = entry["metadata"]
-    captions = [clean_prompt(caption) for caption in metadata["cap"]]
-    if not captions:
-        raise ValueError("it has no caption")
+    captions = _captions(metadata["cap"])
     masks = choose_masks(entry, captions[0], limits)
     path, rate, crop = videos / metadata["path"], float(metadata["fps"]), _crop_of(metadata)
     # The middle of the frame's time: its number counts from the start of the video, and the rate is rounded.
     frame = (int(entry["annotation"]["ann_frame_data"]["ann_frame_idx"]) + 0.5) / rate
     (picture,) = cut_clip(path, Cut(crop[3] - crop[1], crop[2] - crop[0], 1, rate), frame, crop=crop)
-    references = []
-    for name, mask in masks.items():
-        file = out / reference_file(key, name)
-        with replacing(file) as part:
-            cut_out(picture, mask).save(part, "PNG")
-        references.append({"image": [str(reference_file(key, name))], "origin": ["in_pair"], "label": name})
+    pictures = {reference_file(key, name): cut_out(picture, mask) for name, mask in masks.items()}
     first, stop = metadata.get("face_cut", metadata["cut"])
-    return {
+    line = {
         "id": key,
         "video": str(path.absolute()),
         "source": metadata["path"],
@@ -136,8 +140,13 @@ def import_clip(
         "start": first / rate,
         "end": stop / rate,
         "crop": list(crop),
-        "references": references,
+        "references": [
+            {"image": [str(file)], "origin": ["in_pair"], "label": name}
+            for file, name in zip(pictures, masks, strict=True)
+        ],
     }
+    parse_line(json.dumps(line), out)  # what `prepare` would refuse
+    return line, pictures
 
 
 def reference_file(key: str, name: str) -> pathlib.Path:
@@ -146,26 +155,54 @@ def reference_file(key: str, name: str) -> pathlib.Path:
     return pathlib.Path("references", safe.sub("_", key), f"{safe.sub('_', name)}.png")
 
 
-def add_pairs(lines: Mapping[str, dict[str, Any]], pairs: Iterable[Mapping[str, Any]], limits: Limits) -> int:
-    """Gives references the cut-outs of the same thing in other clips as views; returns how many."""
-    count = 0
-    for pair in pairs:
-        if min(pair["text_similarity"], pair["image_similarity"]) < limits.similarity:
+def add_pairs(lines: Mapping[str, dict[str, Any]], pairs: Iterable[Mapping[str, Any]], limits: Limits) -> list[str]:
+    """Gives references the cut-outs of the same thing in other clips as views.
+
+    Returns:
+        What is wrong with the pairs that say something else.
+    """
+    problems = []
+    for number, pair in enumerate(pairs):
+        try:
+            if min(pair["text_similarity"], pair["image_similarity"]) < limits.similarity:
+                continue
+            ends = [(pair["cur_id"], pair["cur_class_name"]), (pair["aft_id"], pair["aft_class_name"])]
+            found = [
+                reference
+                for key, name in ends
+                for reference in lines.get(key, {}).get("references", ())
+                if reference["label"] == name
+            ]
+        except Exception as error:
+            problems.append(f"pair {number}: {Skipped.because_of('', error).reason}")
             continue
-        ends = [(pair["cur_id"], pair["cur_class_name"]), (pair["aft_id"], pair["aft_class_name"])]
-        found = [
-            reference
-            for key, name in ends
-            for reference in lines.get(key, {}).get("references", ())
-            if reference["label"] == name
-        ]
         if len(found) == 2 and ends[0][0] != ends[1][0]:
             for reference, other in (found, found[::-1]):
                 if (image := other["image"][0]) not in reference["image"]:
                     reference["image"].append(image)
                     reference["origin"].append("cross_clip")
-                    count += 1
-    return count
+    return problems
+
+
+def _read_json(path: pathlib.Path, kind: type, what: str) -> Any:
+    """The JSON of a file, an object or a list.
+
+    Raises:
+        ValueError: the file holds something else, or is not there.
+    """
+    images.regular_file(path, MAX_BYTES, what)
+    try:
+        read = json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a {what}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(read, kind):
+        raise ValueError(f"{path} is no {what}: it must hold {_KINDS[kind]}, not {read!r:.60}.")
+    return read
+
+
+_KINDS = {dict: "a JSON object of clips by their keys", list: "a JSON list"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,23 +218,40 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        entries = json.loads(arguments.annotations.read_text(encoding="utf-8"))
-        pairs = [pair for path in arguments.pairs for pair in json.loads(path.read_text(encoding="utf-8"))]
+    with program("data.open_s2v"):
+        check_local("annotations", arguments.annotations)
+        for name in ("videos", "out", "pairs"):
+            check_local_fields(f"--{name}", getattr(arguments, name))
+        check_output_folder("--out", arguments.out)
+        if not arguments.videos.is_dir():
+            raise ValueError(f"--videos {arguments.videos}: there is no such folder.")
+        entries = _read_json(arguments.annotations, dict, "file of annotations")
+        pairs = [pair for path in arguments.pairs for pair in _read_json(path, list, "file of pairs")]
         lines, refused = {}, []
         for key, entry in tqdm(entries.items(), desc="cutting out", unit="clip"):
             try:
-                lines[key] = import_clip(key, entry, arguments.videos, arguments.out, arguments.limits)
-            except (KeyError, ValueError, OSError, av.FFmpegError) as error:
-                refused.append(f"left out: {key}: {error!r}")
-        views = add_pairs(lines, pairs, arguments.limits)
+                lines[key], pictures = import_clip(key, entry, arguments.videos, arguments.out, arguments.limits)
+            except Exception as error:
+                refused.append(f"{key}: {Skipped.because_of(key, error).reason}")
+                continue
+            for file, picture in pictures.items():
+                with replacing(arguments.out / file) as part:
+                    picture.save(part, "PNG")
+        if not lines:
+            raise ValueError(
+                f"{arguments.annotations}: none of {len(entries)} clips can be used: {'; '.join(refused[:5])}"
+            )
+        wrong = add_pairs(lines, pairs, arguments.limits)
         with replacing(arguments.out / "clips.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-    print("\n".join(refused[:20]))
-    references = sum(len(line["references"]) for line in lines.values())
-    print(f"{len(lines)} clips, {references} references, {views} views from pairs; {len(refused)} clips left out")
+    for problem in [*refused, *wrong][:SHOWN]:
+        print(f"left out: {problem}")
+    references = [reference for line in lines.values() for reference in line["references"]]
+    views = sum(len(reference["image"]) - 1 for reference in references)
+    print(
+        f"{len(lines)} clips, {len(references)} references, {views} views from pairs; "
+        f"{len(refused)} clips and {len(wrong)} pairs left out"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from magref_jax import checkpoint, pipeline
 from magref_jax.checkpoint import Params
+from magref_jax.command import check_local, check_local_fields, check_output_folder, program
 from magref_jax.conditioning.case import encode_cases
 from magref_jax.config import ModelConfig, load_model_config
 from magref_jax.data.clips import Choice, Example, FirstFrameTarget, example_arrays, make_example
@@ -37,6 +37,7 @@ from magref_jax.data.records import ClipRecord, EncodedCase, RecordSource, Sourc
 from magref_jax.sharding import constrain_batch, make_mesh, on_mesh, shard_batch
 
 SHARD_RECORDS = 128  # about; at 480p with 4 layouts, 4.5 GB
+NUM_THREADS = 4  # for what happens on the host
 STORED = np.float16  # of everything a case holds
 
 
@@ -70,7 +71,7 @@ def precompute(
     batch_size: int = 8,
     mesh: Mesh | None = None,
     part: tuple[int, int] = (0, 1),
-    num_threads: int = 4,
+    num_threads: int = NUM_THREADS,
 ) -> RecordSource:
     """Writes the encoded records of a source to `out`; continues what is unfinished, opens what is complete.
 
@@ -95,10 +96,7 @@ def precompute(
     Raises:
         ValueError: an argument, a record that cannot be encoded, or `out` holds records that were made differently.
     """
-    if layouts < 1 or batch_size < 1:
-        raise ValueError(f"layouts={layouts} and batch_size={batch_size} must be at least 1.")
-    if not 0 <= part[0] < part[1] <= len(source):
-        raise ValueError(f"part={part[0]}/{part[1]} must be one of 0/N to N-1/N, with N at most {len(source)} records.")
+    _check(source, layouts=layouts, batch_size=batch_size, part=part, num_threads=num_threads)
     params = {name: tree for name, tree in params.items() if name != "dit"}
     first, stop = (len(source) * bound // part[1] for bound in (part[0], part[0] + 1))
 
@@ -170,6 +168,14 @@ def precompute(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{out} is written")
     return open_records(out)
+
+
+def _check(source: Source, *, layouts: int, batch_size: int, part: tuple[int, int], num_threads: int) -> None:
+    for name, value in (("layouts", layouts), ("batch_size", batch_size), ("num_threads", num_threads)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not 0 <= part[0] < part[1] <= len(source):
+        raise ValueError(f"part={part[0]}/{part[1]} must be one of 0/N to N-1/N, with N at most {len(source)} records.")
 
 
 def _first_process_has(value: int) -> int:
@@ -246,13 +252,24 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        if not (part := re.fullmatch(r"(\d+)/(\d+)", arguments.part)):
+    with program("data.precompute"):
+        check_local_fields("records", arguments.records)
+        check_local("--model", arguments.model)
+        check_local("--out", arguments.out)
+        if not (part := re.fullmatch(r"(\d{1,9})/(\d{1,9})", arguments.part)):
             raise ValueError(f"part={arguments.part!r} must be K/N, such as 0/8.")
+        work: dict[str, Any] = {
+            "layouts": arguments.layouts,
+            "batch_size": arguments.batch_size,
+            "part": (int(part[1]), int(part[2])),
+            "num_threads": NUM_THREADS,
+        }
         source = open_records(arguments.records)
+        _check(source, **work)
         config = load_model_config(arguments.model)
         tokenizer = pipeline.load_tokenizer(arguments.model, config)
         mesh = make_mesh(arguments.mesh)
+        check_output_folder("--out", arguments.out)
         abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
         abstract.pop("dit")
         _, params = checkpoint.restore_model(arguments.model, abstract)
@@ -263,16 +280,12 @@ def main() -> None:
             config,
             tokenizer,
             params,
-            layouts=arguments.layouts,
             choice=arguments.choice,
             first_frame_target=arguments.first_frame_target,
             seed=arguments.seed,
-            batch_size=arguments.batch_size,
             mesh=mesh,
-            part=(int(part[1]), int(part[2])),
+            **work,
         )
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
     print(
         f"{len(encoded)} encoded records in {arguments.out}; {len(encoded) / (time.monotonic() - began):.2f} records/s, "
         f"{encoded.num_bytes / len(encoded) / 1e6:.3f} MB a clip"

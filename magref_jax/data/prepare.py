@@ -19,7 +19,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 import tempfile
 import time
 import typing
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from magref_jax import images
 from magref_jax.checkpoint import file_digest
+from magref_jax.command import check_local, check_output_folder, program
 from magref_jax.conditioning.canvas import Box, Role, resize_and_crop
 from magref_jax.conditioning.subjects import Span, clean_prompt, occurrences
 from magref_jax.data.records import (
@@ -54,6 +54,8 @@ from magref_jax.video import decode, encode_video, open_video, to_rgb, upright, 
 
 MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
 MAX_VIDEO_BYTES = 2**36
+MAX_LIST_BYTES = 2**33
+MAX_SECONDS = 1e9
 SHOWN = 10  # problems of a file that are listed
 
 
@@ -123,6 +125,11 @@ def _check_fields(fields: Any, allowed: dict[str, Any], required: str, what: str
 _KINDS = {str: "text", list: "a list", float: "a number of seconds", (str, list): "a path or a list"}
 
 
+def _local(name: str, folder: pathlib.Path, path: str) -> pathlib.Path:
+    check_local(name, path)
+    return folder / path
+
+
 def _parse_reference(fields: Any, folder: pathlib.Path) -> ReferenceLine:
     _check_fields(fields, _REFERENCE, "image", "a reference")
     paths = [fields["image"]] if isinstance(fields["image"], str) else fields["image"]
@@ -138,7 +145,7 @@ def _parse_reference(fields: Any, folder: pathlib.Path) -> ReferenceLine:
     if len(origins) != len(paths):
         raise ValueError(f"a reference has {len(paths)} images and {len(origins)} origins.")
     return ReferenceLine(
-        tuple(folder / path for path in paths),
+        tuple(_local("image", folder, path) for path in paths),
         cast(tuple[Origin, ...], tuple(origins)),
         fields.get("label", ""),
         role,
@@ -146,18 +153,28 @@ def _parse_reference(fields: Any, folder: pathlib.Path) -> ReferenceLine:
     )
 
 
-def _parse_line(text: str, folder: pathlib.Path) -> ClipLine:
+def parse_line(text: str, folder: pathlib.Path) -> ClipLine:
+    """The clip that a JSON object describes; its paths are relative to the folder.
+
+    Raises:
+        ValueError: says what is wrong with which field.
+    """
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {error}.") from None
+        comma = "; a line is one object, with no comma after it" if text.rstrip().endswith(",") else ""
+        raise ValueError(f"is not JSON: {error}{comma}.") from None
     _check_fields(fields, _LINE, "video", "it")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no text.") from None
     captions = [fields["caption"]] if "caption" in fields else fields.get("captions", [])
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise ValueError("it needs a 'caption', or 'captions', that are not empty.")
-    start, end = float(fields.get("start", 0.0)), fields.get("end")
-    if not 0 <= start < (math.inf if end is None else end):
-        raise ValueError(f"it has start={start:g} and end={end}; they must be 0 <= start < end.")
+    start, end = fields.get("start", 0.0), fields.get("end")
+    if not 0 <= start < min(MAX_SECONDS, math.inf if end is None else end):
+        raise ValueError(f"it has start={start!r:.40} and end={end!r:.40}; they must be 0 <= start < end.")
     crop = fields.get("crop")
     if crop is not None:
         is_box = len(crop) == 4 and all(type(edge) is int for edge in crop)
@@ -165,29 +182,61 @@ def _parse_line(text: str, folder: pathlib.Path) -> ClipLine:
             raise ValueError(f"it has crop={crop!r:.80}; it must be [x0, y0, x1, y1] in pixels.")
     return ClipLine(
         fields.get("id", fields["video"] + (f"@{start:g}" if start else "")),
-        folder / fields["video"],
+        _local("video", folder, fields["video"]),
         tuple(clean_prompt(caption) for caption in captions),
         tuple(_parse_reference(reference, folder) for reference in fields.get("references", [])),
-        start,
+        float(start),
         end,
         fields.get("source", fields["video"]),
         None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
     )
 
 
+VIDEOS = re.compile(r".*\.(mp4|mov|m4v|mkv|webm|avi|mpe?g|m?2?ts|wmv|flv|gif)", re.IGNORECASE)  # by their names
+
+
+def _no_list(path: pathlib.Path) -> str | None:
+    """What to do about a folder or a video where a list is expected; None for other files."""
+    folder, files = (path, sorted(path.iterdir())) if path.is_dir() else (path.parent, [path])
+    videos = [file.name for file in files if VIDEOS.fullmatch(file.name) and file.is_file()]
+    if not path.is_dir() and not videos:
+        return None
+    line = {"video": videos[0] if videos else "dog.mp4", "caption": "a dog runs over a meadow"}
+    return (
+        f"{path} is a {'folder' if path.is_dir() else 'video'}; give a list of clips, a text file with a line for each that "
+        f"says what it shows, such as {folder / 'clips.jsonl'} with the line\n{json.dumps(line, ensure_ascii=False)}"
+    )
+
+
+def _entries(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Where each clip of a list stands, and its JSON."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):  # one JSON list
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from None
+        yield from ((f"{path} entry {number}", json.dumps(entry)) for number, entry in enumerate(entries, start=1))
+    else:
+        lines = enumerate(text_lines(text), start=1)
+        yield from ((f"{path} line {number}", line) for number, line in lines if line.strip())
+
+
 def read_lines(path: pathlib.Path) -> list[ClipLine]:
-    """The clips that a JSONL file lists.
+    """The clips that a file lists: a JSON object a line, or one JSON list.
 
     Raises:
-        ValueError: lines that say something else; lists them with their numbers.
+        ValueError: no such file, another encoding, or lines that say something else; lists them with their numbers.
     """
+    if remedy := _no_list(path):
+        raise ValueError(remedy)
+    images.regular_file(path, MAX_LIST_BYTES, "list of clips")
     lines, problems = [], []
-    for number, text in enumerate(text_lines(read_text(path)), start=1):
-        if text.strip():
-            try:
-                lines.append(_parse_line(text, path.parent))
-            except ValueError as error:
-                problems.append(f"{path} line {number}: {error}")
+    for where, text in _entries(path):
+        try:
+            lines.append(parse_line(text, path.parent))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     if problems:
         more = f"\nand {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError("\n".join(problems[:SHOWN]) + more)
@@ -312,7 +361,7 @@ def find_labels(caption: str, labels: Sequence[str]) -> tuple[Span | None, ...]:
 
 
 def make_record(line: ClipLine, cut: Cut) -> ClipRecord | Skipped:
-    """The record of a line, or why there is none."""
+    """The record of a line, or why there is none: whatever its files do to those who read them, other clips do not suffer."""
     try:
         labels = [reference.label for reference in line.references]
         captions = tuple(Caption(caption, find_labels(caption, labels)) for caption in line.captions)
@@ -332,8 +381,8 @@ def make_record(line: ClipLine, cut: Cut) -> ClipRecord | Skipped:
             for reference in line.references
         )
         frames = cut_clip(line.video, cut, line.start, line.end, line.crop)
-    except (ValueError, OSError, av.FFmpegError) as error:
-        return Skipped(line.id, str(error).rstrip("."))
+    except Exception as error:
+        return Skipped.because_of(line.id, error)
     return ClipRecord(
         id=line.id,
         num_frames=cut.num_frames,
@@ -355,6 +404,16 @@ def _to_mp4(frames: UInt8[np.ndarray, "N H W 3"], fps: float) -> bytes:
         return path.read_bytes()
 
 
+def _check_cut(cut: Cut) -> None:
+    for name in ("num_frames", "height", "width"):
+        if getattr(cut, name) < 1:
+            raise ValueError(f"{name}={getattr(cut, name)} must be 1 or more.")
+    if cut.store == "mp4" and (cut.height % 2 or cut.width % 2):
+        raise ValueError(f"size={cut.height}x{cut.width} must have even sides with store=mp4; store=frames takes any.")
+    if not 0 < cut.fps < math.inf:
+        raise ValueError(f"fps={cut.fps} must be positive.")
+
+
 def prepare(
     clips: pathlib.Path,
     out: pathlib.Path,
@@ -366,9 +425,12 @@ def prepare(
     """Writes the records of the clips that a file lists; continues what is unfinished.
 
     Raises:
-        ValueError: lines that are wrong, or `out` holds records of another file or cut.
-        TooManySkippedError: more than 1 % of the clips, and more than a few, cannot be used.
+        ValueError: an argument or a line that is wrong, or `out` holds records of another file or cut.
+        TooManySkippedError: more than 1 % of the clips, and more than a few, or all of them cannot be used.
     """
+    _check_cut(cut)
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be 1 or more.")
     lines = read_lines(clips)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
 
@@ -404,23 +466,26 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        if not (size := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.size)):
+    with program("data.prepare"):
+        check_local("clips", arguments.clips)
+        check_local("--out", arguments.out)
+        check_output_folder("--out", arguments.out)
+        if not (size := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", arguments.size)):
             raise ValueError(f"size={arguments.size!r} must be HEIGHTxWIDTH, such as 480x832.")
         height, width = map(int, size.groups())
         cut = Cut(height, width, arguments.num_frames, arguments.fps, arguments.store)
         began = time.monotonic()
-        source = prepare(
-            arguments.clips,
-            arguments.out,
-            cut,
-            shard_records=arguments.shard_records,
-            num_threads=arguments.num_threads,
-        )
-    except TooManySkippedError as error:
-        sys.exit(f"{error}\nMore than 1 % of the clips cannot be used: mend or remove their lines.")
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        try:
+            source = prepare(
+                arguments.clips,
+                arguments.out,
+                cut,
+                shard_records=arguments.shard_records,
+                num_threads=arguments.num_threads,
+            )
+        except TooManySkippedError as error:
+            remedy = "More than 1 % of the clips cannot be used: mend or remove their lines."
+            raise TooManySkippedError(f"{error}\n{remedy}") from None
     for skipped in source.skipped:
         print(f"left out: {skipped.id}: {skipped.reason}")
     print(

@@ -9,13 +9,15 @@ N frames of a clip · F latent frames · h/w latent height, width · C latent ch
 
 import bisect
 import concurrent.futures
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import ml_dtypes  # noqa: F401  np.dtype knows bfloat16 from here on
@@ -24,6 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from magref_jax.checkpoint import file_digest
+from magref_jax.command import EXPECTED, sentence
 from magref_jax.conditioning.canvas import Role
 from magref_jax.descriptions import short_repr
 from magref_jax.files import remove_leftovers, replacing
@@ -227,6 +230,14 @@ class Skipped:
     id: str
     reason: str
 
+    @classmethod
+    def because_of(cls, id: str, error: Exception) -> "Skipped":
+        """What ends the work on one input leaves out that input; if it may be a fault of ours, the reason has its type."""
+        reason = re.sub(r"^\[Errno \d+\] ", "", sentence(error)).rstrip(
+            "."
+        )  # the numbers of FFmpeg tell nobody anything
+        return cls(id, reason if isinstance(error, EXPECTED) else f"{type(error).__name__}: {reason}")
+
 
 class TooManySkippedError(ValueError):
     """More inputs were skipped than the caller allowed."""
@@ -270,18 +281,46 @@ def write_records(
 
     Raises:
         ValueError: the folder holds records of other settings, or a record contradicts itself.
-        TooManySkippedError: there were more `Skipped` than `max_skipped`; lists the first.
+        TooManySkippedError: there were more `Skipped` than `max_skipped`, or nothing else; lists the first.
+        OSError: a shard cannot be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     make = inputs if callable(inputs) else lambda start: inputs[start:]
     if count is None:
         count = len(cast(Sequence[ClipRecord], inputs))
     if count < 1:
         raise ValueError(f"there are no inputs to write to {folder}.")
+    if shard_records < 1:
+        raise ValueError(f"shard_records={shard_records} must be 1 or more.")
     about = {"version": VERSION, "inputs": count, "shard_records": shard_records, "shard_bytes": shard_bytes}
     about["settings"] = json.loads(json.dumps(settings or {}))
+    with _folder_to_fill(folder):
+        _write_shards(folder, make, count, about, max_skipped)
+    return RecordSource([folder])
+
+
+@contextlib.contextmanager
+def _folder_to_fill(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder; it is gone again if what fills it fails before a first file is whole."""
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    make: Callable[[int], Iterable[ClipRecord | Skipped]],
+    count: int,
+    about: dict[str, Any],
+    max_skipped: int,
+) -> None:
+    """What `write_records` does to its folder."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     remove_leftovers(folder)
     shards = _read_index(folder, about)
     done = sum(shard.inputs for shard in shards)
@@ -293,9 +332,13 @@ def write_records(
         skipped: list[tuple[str, str]] = []
         written = 0
         with replacing(path) as part:
-            writer = ArrayRecordWriter(str(part), "group_size:1")
+            with _system_errors(path):
+                writer = ArrayRecordWriter(str(part), "group_size:1")
             try:
-                while len(kinds) + len(skipped) < min(shard_records, count - done) and written < shard_bytes:
+                while (
+                    len(kinds) + len(skipped) < min(about["shard_records"], count - done)
+                    and written < about["shard_bytes"]
+                ):
                     record = next(pending, None)
                     if record is None:
                         raise ValueError(f"inputs ended after {done + len(kinds) + len(skipped)} of count={count}.")
@@ -304,11 +347,16 @@ def write_records(
                         _check_skipped(shards, max_skipped, skipped)
                         continue
                     data = encode_record(record)
-                    writer.write(data)
+                    with _system_errors(path):
+                        writer.write(data)
                     written += len(data)
                     kinds.append((record.num_frames, record.height, record.width, len(record.references)))
+                if not kinds and done + len(skipped) == count and not any(shard.runs for shard in shards):
+                    every = _shown(_all_skipped(shards, skipped))
+                    raise TooManySkippedError(f"none of {count} inputs has a record: {every}")
             finally:
-                writer.close()
+                with _system_errors(path):
+                    writer.close()
         runs = [(len(list(group)), *kind) for kind, group in itertools.groupby(kinds)]
         size = path.stat().st_size
         shards.append(_Shard(path.name, len(kinds) + len(skipped), size, file_digest(path), runs, skipped))
@@ -317,7 +365,15 @@ def write_records(
             part.write_text(json.dumps(about | {"shards": [vars(shard) for shard in shards]}, indent=1) + "\n")
     if not (folder / INDEX).is_file():
         (folder / PROGRESS).rename(folder / INDEX)
-    return RecordSource([folder])
+
+
+@contextlib.contextmanager
+def _system_errors(path: pathlib.Path) -> Iterator[None]:
+    """Errors of array_record as the system meant them: "write() failed: No space left on device; writing ..."."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {str(error).split(';')[0].removesuffix('.')}.") from None
 
 
 def _read_index(folder: pathlib.Path, about: Mapping[str, Any]) -> list[_Shard]:
@@ -334,25 +390,34 @@ def _read_index(folder: pathlib.Path, about: Mapping[str, Any]) -> list[_Shard]:
                 f"{folder} holds records made with {name}={found.get(name)!r}, now it is {value!r}; "
                 "remove the folder or give another one."
             )
-    return [_Shard(**shard) for shard in index["shards"]]
+    return index["shards"]
 
 
 def _load_index(path: pathlib.Path) -> dict[str, Any]:
+    """An index, its shards read."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = index["version"], index["shards"]
+        version = index["version"]
+        shards = index["shards"] if version != VERSION else [_Shard(**shard) for shard in index["shards"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged.") from None
     if version != VERSION:
         raise ValueError(f"{path} is of version {version!r}; this program reads version {VERSION}.")
-    return index
+    return index | {"shards": shards}
+
+
+def _all_skipped(shards: Sequence[_Shard], more: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [*itertools.chain.from_iterable(shard.skipped for shard in shards), *more]
+
+
+def _shown(skipped: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(f"{id}: {reason}" for id, reason in skipped[:5])
 
 
 def _check_skipped(shards: Sequence[_Shard], most: int, more: Sequence[tuple[str, str]] = ()) -> None:
-    skipped = [*itertools.chain.from_iterable(shard.skipped for shard in shards), *more]
+    skipped = _all_skipped(shards, more)
     if len(skipped) > most:
-        shown = "; ".join(f"{id}: {reason}" for id, reason in skipped[:5])
-        raise TooManySkippedError(f"{len(skipped)} inputs have no record, at most {most} may: {shown}")
+        raise TooManySkippedError(f"{len(skipped)} inputs have no record, at most {most} may: {_shown(skipped)}")
 
 
 @dataclasses.dataclass
@@ -440,13 +505,13 @@ class RecordSource:
 def _complete(folder: pathlib.Path) -> list[_Shard]:
     if not (folder / INDEX).is_file():
         if (folder / PROGRESS).is_file():
-            shards = _load_index(folder / PROGRESS)
-            done = sum(shard["inputs"] for shard in shards["shards"])
+            index = _load_index(folder / PROGRESS)
+            done = sum(shard.inputs for shard in index["shards"])
             raise FileNotFoundError(
-                f"{folder} is unfinished, {done} of {shards['inputs']} inputs are there; run what writes it again."
+                f"{folder} is unfinished, {done} of {index['inputs']} inputs are there; run what writes it again."
             )
         raise FileNotFoundError(f"{folder} has no records: there is no {INDEX}.")
-    shards = [_Shard(**shard) for shard in _load_index(folder / INDEX)["shards"]]
+    shards = _load_index(folder / INDEX)["shards"]
     for shard in shards:
         path = folder / shard.file
         if not path.is_file():

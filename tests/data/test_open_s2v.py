@@ -1,6 +1,7 @@
 """OpenS2V's annotations, made here for a video with known shapes: the right cut-outs, names, times and pairs."""
 
 import json
+import re
 import sys
 
 import av
@@ -136,3 +137,117 @@ def test_the_list_becomes_records(listed):
     record = make_record(read_lines(listed / "clips.jsonl")[0], Cut(HEIGHT, WIDTH, 12, RATE, "frames"))
     assert record.frames[:, 60, 50].tolist() == [[10 * index] * 3 for index in range(6, 18)]
     assert [record.captions[0].text[slice(*span)] for span in record.captions[0].label_spans] == ["dog", "hat"]
+
+
+def run(monkeypatch, folder, *arguments: str) -> int:
+    """The exit status of the command in a folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["open_s2v", *arguments])
+    try:
+        open_s2v.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def changed(path: tuple[str, ...], value) -> dict:
+    """A good entry with another value in one place."""
+    made = place = entry("a.mkv")
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("metadata", "cap"), None, "TypeError: "),
+        (("metadata", "cap"), [], "it has no caption"),
+        (("metadata", "cap"), ["  "], "it has no caption"),
+        (("metadata", "cap"), [None], "AttributeError: |TypeError: |it has no caption"),
+        (("metadata", "fps"), None, "TypeError: "),
+        (("metadata", "fps"), 0, "ZeroDivisionError: "),
+        (("metadata", "crop"), None, "TypeError: "),
+        (("metadata", "crop"), [4, 900, 2, 66], "is not inside its 104x70 pixels"),
+        (("metadata", "cut"), [20, 0], "0 <= start < end"),
+        (("metadata", "path"), None, "TypeError: "),
+        (("metadata", "path"), "gone.mkv", "there is no video file"),
+        (("annotation",), None, "TypeError: "),
+        (("annotation", "mask_annotation"), {}, "KeyError: '6'"),
+        (("annotation", "mask_annotation", "6", "1"), None, "TypeError: "),
+        (("annotation", "mask_annotation", "6", "1", "counts"), "5140M", "a mask has runs for 12 pixels"),
+        (("word_tags",), None, "AttributeError: "),
+        (("metadata",), [], "TypeError: "),
+    ],
+)
+def test_a_wrong_annotation_leaves_out_its_clip(listed, tmp_path, monkeypatch, capsys, path, value, reason):
+    wrong = changed(path, value)
+    if path == ("metadata", "cut"):
+        del wrong["metadata"]["face_cut"]
+    (tmp_path / "d.json").write_text(json.dumps({"one": entry("a.mkv"), "two": wrong}))
+    assert (
+        run(monkeypatch, listed.parent, str(tmp_path / "d.json"), "--videos", ".", "--out", str(tmp_path / "out")) == 0
+    )
+    assert [line.id for line in read_lines(tmp_path / "out" / "clips.jsonl")] == ["one"]
+    assert sorted(folder.name for folder in (tmp_path / "out" / "references").iterdir()) == ["one"]
+    assert re.search(f"left out: two: .*{reason}", capsys.readouterr().out)
+
+
+def test_a_caption_may_be_a_text(listed, tmp_path, monkeypatch):
+    given = changed(("metadata", "cap"), "A dog &amp; a  hat.")
+    (tmp_path / "d.json").write_text(json.dumps({"one": given}))
+    assert (
+        run(monkeypatch, listed.parent, str(tmp_path / "d.json"), "--videos", ".", "--out", str(tmp_path / "out")) == 0
+    )
+    (line,) = read_lines(tmp_path / "out" / "clips.jsonl")
+    assert line.captions == ("A dog & a hat.",)
+
+
+def test_wrong_pairs_are_left_out_and_counted(listed, tmp_path, monkeypatch, capsys):
+    pair = {"cur_id": "one/a", "aft_id": "two", "cur_class_name": "dog", "aft_class_name": "dog"}
+    good = pair | {"text_similarity": 0.9, "image_similarity": 0.7}
+    wrong = [None, {}, good | {"text_similarity": None}, good | {"cur_id": ["x"]}]
+    (tmp_path / "pairs.json").write_text(json.dumps([*wrong, good]))
+    arguments = ["d.json", "--videos", ".", "--out", str(tmp_path / "out"), "--pairs", str(tmp_path / "pairs.json")]
+    assert run(monkeypatch, listed.parent, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 clips, 4 references, 2 views from pairs; 1 clips and 4 pairs left out" in printed
+    assert "left out: pair 1: KeyError: 'text_similarity'" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.json"], "there is no file of annotations no.json"),
+        (["empty.json"], "empty.json is empty"),
+        (
+            ["list.json"],
+            r"list.json is no file of annotations: it must hold a JSON object of clips by their keys, not \[3\]",
+        ),
+        (["words.json"], "words.json is not JSON: "),
+        (["latin.json"], "latin.json line 1 is not UTF-8: it has the byte 0xe9"),
+        (["bad.json"], "bad.json: none of 1 clips can be used: one: TypeError: "),
+        (["d.json", "--videos", "nowhere"], "--videos nowhere: there is no such folder"),
+        (["d.json", "--pairs", "d.json"], "d.json is no file of pairs: it must hold a JSON list, not {"),
+        (["d.json", "--pairs", "no.json"], "there is no file of pairs no.json"),
+        (["gs://x/d.json"], "annotations gs:/x/d.json: gs:// cannot be read"),
+        (["d.json", "--videos", "gs://x"], "--videos gs:/x: gs:// cannot be read"),
+        (["d.json", "--out", "s3://x"], "--out s3:/x: s3:// cannot be read"),
+        (["d.json", "--pairs", "s3://x/p.json"], "--pairs s3:/x/p.json: s3:// cannot be read"),
+        (["d.json", "--out", "d.json"], "d.json is a file, not a folder"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_said_and_nothing_made(tmp_path, monkeypatch, capsys, arguments, message):
+    for name, text in (("empty", ""), ("list", "[3]"), ("words", "a dog"), ("bad", '{"one": null}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "d.json").write_text(json.dumps({"one": entry("a.mkv")}))
+    (tmp_path / "latin.json").write_bytes('{"one": "café"}'.encode("latin-1"))
+    before = sorted(tmp_path.rglob("*"))
+    for option, value in (("--videos", "."), ("--out", "out")):
+        arguments = arguments if option in arguments else [*arguments, option, value]
+    assert run(monkeypatch, tmp_path, *arguments) == 2
+    error = capsys.readouterr().err.split("clip/s]")[-1].strip()  # behind the progress bar
+    assert error.startswith("data.open_s2v: ")
+    assert re.search(message, error)
+    assert sorted(tmp_path.rglob("*")) == before

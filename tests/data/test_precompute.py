@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from magref_jax.data.emoji_records import EmojiSource
 from magref_jax.data.emoji_tokenizer import build_tokenizer
 from magref_jax.data.emoji_world import EmojiWorldConfig
 from magref_jax.data.precompute import precompute
-from magref_jax.data.records import open_records
+from magref_jax.data.records import open_records, write_records
 from magref_jax.sharding import make_mesh
 from tests import tiny_model
 
@@ -216,3 +217,36 @@ def test_what_cannot_be_encoded_is_named(world, tmp_path):
         run(TwoSizes(5), tmp_path, world, part=(2, 2))
     with pytest.raises(ValueError, match="layouts=0"):
         run(TwoSizes(5), tmp_path, world, layouts=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere has no records: there is no records.json|no folder of records is at nowhere"),
+        (["gs://x/records"], "records gs://x/records: gs:// cannot be read"),
+        (["records", "--model", "nowhere"], "nowhere does not exist; a model folder holds config.json"),
+        (["records", "--model", "s3://x"], "--model s3:/x: s3:// cannot be read"),
+        (["records", "--out", "gs://x"], "--out gs:/x: gs:// cannot be read"),
+        (["records", "--out", "file"], "file is a file, not a folder"),
+        (["records", "--part", "1"], "part='1' must be K/N"),
+        (["records", "--part", "1/1"], "part=1/1 must be one of 0/N to N-1/N, with N at most 1 records"),
+        (["records", "--layouts", "0"], "layouts=0 must be at least 1"),
+        (["records", "--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["records", "--mesh", "planes=2"], "planes"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_said_before_weights_are_read(tmp_path, monkeypatch, capsys, arguments, message):
+    write_records(tmp_path / "records", [EmojiSource(WORLD, count=1)[0]])
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    bundled = pathlib.Path(module.__file__).parents[1] / "bundled" / "emoji"
+    for option, value in (("--model", str(bundled)), ("--out", "out")):
+        arguments = arguments if option in arguments else [*arguments, option, value]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["precompute", *arguments])
+    monkeypatch.setattr(module.checkpoint, "restore_model", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert re.search(f"^data.precompute: .*(?:{message})", capsys.readouterr().err, re.MULTILINE)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from magref_jax.data import prepare as prepare_module
 from magref_jax.data.prepare import ClipLine, Cut, cut_clip, find_labels, make_record, prepare, read_lines
 from magref_jax.data.records import INDEX, Skipped, TooManySkippedError
 from magref_jax.video import read_video
@@ -217,21 +219,299 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
     assert cut_clip(tmp_path / "a.mp4", Cut(40, 80, 1, 8.0)).shape == (1, 40, 80, 3)
 
 
-@pytest.mark.parametrize("degrees", [90, -90, 180])
-def test_videos_of_telephones_are_turned_upright(tmp_path, degrees):
-    upright = np.zeros((40, 80, 3), np.uint8)
-    upright[:20], upright[20:, :40] = (200, 0, 0), (0, 0, 200)
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
-        stored = np.rot90(upright, -degrees // 90)  # `degrees` counter-clockwise bring it back
-        stream.width, stream.height, stream.pix_fmt = stored.shape[1], stored.shape[0], "yuv444p"
-        stream.set_display_rotation(degrees)
-        for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(stored), format="rgb24")))
+# Four fields of a picture, the upper two and the lower two, and the letters by which the cases below name them.
+FIELDS = {"A": (200, 30, 40), "B": (30, 150, 60), "C": (40, 60, 210), "D": (190, 190, 60)}
+
+
+def picture(width: int = 96, height: int = 64) -> np.ndarray:
+    colours = np.array(list(FIELDS.values()), np.uint8).reshape(2, 2, 3)
+    rows, columns = np.arange(height) * 2 // height, np.arange(width) * 2 // width
+    return colours[rows][:, columns]
+
+
+def fields_of(frame: np.ndarray, most: int = 6) -> str:
+    """The letters of the fields of a frame, "?" where none is as near as `most` levels."""
+    height, width = frame.shape[:2]
+    letters = ""
+    for y, x in ((1, 1), (1, 3), (3, 1), (3, 3)):
+        distances = {k: np.abs(frame[y * height // 4, x * width // 4].astype(int) - v).max() for k, v in FIELDS.items()}
+        letter = min(distances, key=distances.__getitem__)
+        letters += letter if distances[letter] <= most else "?"
+    return letters
+
+
+def write_frames(path, frames, codec="libx264", pixels="yuv420p", rate=16, options=None, prepare=lambda stream: None):
+    """Frames as they are, an `av.VideoFrame` or an array of RGB each."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or ({"crf": "4"} if codec == "libx264" else {}))
+        first = frames[0]
+        stream.width, stream.height = (
+            (first.width, first.height) if isinstance(first, av.VideoFrame) else (first.shape[1], first.shape[0])
+        )
+        stream.pix_fmt = pixels
+        prepare(stream)
+        for frame in frames:
+            if not isinstance(frame, av.VideoFrame):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    (frame,) = cut_clip(tmp_path / "a.mp4", Cut(40, 80, 1, 8.0))
-    for point in ((5, 5), (5, 75), (35, 5), (35, 75)):
-        assert np.abs(frame[point].astype(int) - upright[point]).max() < 30
+
+
+def replace_in(path: pathlib.Path, kind: bytes, offset: int, values: bytes) -> None:
+    """Overwrites bytes of a box of an mp4, counted from its type on."""
+    data = bytearray(path.read_bytes())
+    at = data.index(kind) + offset
+    data[at : at + len(values)] = values
+    path.write_bytes(data)
+
+
+# Stored is AB over CD. x' = a x + c y, y' = b x + d y, with y downwards.
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((1, 0, 0, 1), "ABCD"),
+        ((0, 1, -1, 0), "CADB"),  # a quarter clockwise
+        ((-1, 0, 0, -1), "DCBA"),
+        ((0, -1, 1, 0), "BDAC"),
+        ((-1, 0, 0, 1), "BADC"),  # a front camera
+        ((1, 0, 0, -1), "CDAB"),
+        ((0, 1, 1, 0), "ACBD"),
+        ((0, -1, -1, 0), "DBCA"),
+        ((0, 0, 0, 0), "ABCD"),  # says nothing
+        (
+            (0.8, 0.6, -0.6, 0.8),
+            "it is turned by -36 degrees; only multiples of 90 are read",
+        ),
+    ],
+)
+def test_videos_are_turned_and_mirrored_as_players_do(tmp_path, suffix, matrix, expected):
+    path = tmp_path / f"a.{suffix}"
+    write_frames(path, [picture()] * 3, options={"crf": "1"}, pixels="yuv444p")
+    a, b, c, d = (round(value * 2**16) for value in matrix)
+    replace_in(path, b"tkhd", 44, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30))
+    if expected.isupper():
+        size = (96, 64) if matrix[1] else (64, 96)
+        assert fields_of(cut_clip(path, Cut(*size, 1, 16.0))[0]) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            cut_clip(path, Cut(64, 96, 1, 16.0))
+
+
+MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
+
+
+def tagged(pixels: str, matrix: int | None, full: bool = False) -> av.VideoFrame:
+    """`picture` by the formulas of ITU-T H.273, without FFmpeg. No matrix: that of BT.601, and no tag."""
+    red, blue = MATRICES[matrix or 6]
+    r, g, b = np.moveaxis(picture() / 255, -1, 0)
+    y = red * r + (1 - red - blue) * g + blue * b
+    planes = [y, (b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)]
+    bits = 10 if "10" in pixels else 8
+    scales, offsets = ((2**bits - 1,) * 3, (0, 2**bits / 2, 2**bits / 2)) if full else ((219, 224, 224), (16, 128, 128))
+    unit = 1 if full else 2 ** (bits - 8)
+    frame = av.VideoFrame(96, 64, pixels)
+    for plane, values, scale, offset in zip(frame.planes, planes, scales, offsets, strict=True):
+        values = np.round((values * scale + offset) * unit).astype(np.uint16 if bits > 8 else np.uint8)
+        padded = np.zeros((64, plane.line_size // values.itemsize), values.dtype)
+        padded[:, :96] = values
+        plane.update(padded.tobytes())
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("pixels", "matrix", "full", "primaries", "transfer", "refusal"),
+    [
+        ("yuv444p", None, False, 2, 2, None),
+        ("yuv444p", 1, False, 1, 1, None),
+        ("yuv444p", 5, False, 5, 6, None),
+        ("yuv444p", 6, False, 6, 6, None),
+        ("yuv444p", 7, False, 7, 7, None),
+        ("yuv444p", 1, True, 1, 13, None),
+        ("yuv444p", 6, True, 1, 13, None),
+        ("yuv444p10le", 1, False, 1, 1, None),  # 10 bits do not make a video HDR
+        ("yuv444p10le", 1, True, 1, 1, None),
+        ("yuv444p10le", 9, False, 9, 16, "its colours are BT.2020 primaries, PQ, and only .*tonemap=hable"),
+        ("yuv444p10le", 9, False, 9, 18, "its colours are BT.2020 primaries, HLG, and only .*tonemap=hable"),
+        ("yuv444p10le", 9, False, 9, 14, "its colours are BT.2020 primaries, and only .* zscale=p=bt709"),
+        ("yuv444p", 1, False, 12, 1, "its colours are Display P3 primaries"),
+        ("yuv444p", 1, False, 1, 8, "its colours are linear light"),
+    ],
+)
+def test_colours_are_those_of_the_tags(tmp_path, pixels, matrix, full, primaries, transfer, refusal):
+    def prepare(stream):
+        codec = stream.codec_context
+        codec.colorspace, codec.color_range = matrix or 2, 2 if full else 1
+        codec.color_primaries, codec.color_trc = primaries, transfer
+
+    write_frames(tmp_path / "a.mkv", [tagged(pixels, matrix, full)] * 2, "ffv1", pixels, prepare=prepare)
+    cut = Cut(64, 96, 1, 16.0)
+    if refusal is None:
+        (frame,) = cut_clip(tmp_path / "a.mkv", cut)
+        assert np.abs(frame[8::16, 12::24].astype(int) - picture()[8::16, 12::24]).max() <= 2
+    else:
+        with pytest.raises(ValueError, match=refusal):
+            cut_clip(tmp_path / "a.mkv", cut)
+
+
+def boxes(data: bytes) -> dict[bytes, bytes]:
+    """The boxes of an mp4 by their types."""
+    found, at = {}, 0
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        found[kind], at = data[at : at + size], at + size
+    return found
+
+
+def box(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(data)) + kind + data
+
+
+def with_cover(path: pathlib.Path) -> None:
+    """An mp4 whose stream 0 is a green cover picture."""
+    write_frames(path, [picture()] * 4)
+    cover = io.BytesIO()
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(cover, "JPEG")
+    item = box(b"covr", box(b"data", struct.pack(">II", 13, 0) + cover.getvalue()))
+    meta = b"\0" * 4 + box(b"hdlr", b"\0" * 8 + b"mdirappl" + b"\0" * 9) + box(b"ilst", item)
+    top = boxes(path.read_bytes())
+    inner = boxes(top[b"moov"][8:])
+    inner = {b"mvhd": b"", b"udta": b""} | inner | {b"udta": box(b"udta", box(b"meta", meta))}  # before the track
+    path.write_bytes(b"".join((top | {b"moov": box(b"moov", b"".join(inner.values()))}).values()))
+
+
+def song(path: pathlib.Path, cover: bool = False) -> None:
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        if cover:
+            art = container.add_stream("mjpeg", rate=1)
+            art.width, art.height, art.pix_fmt, art.disposition = 32, 32, "yuvj420p", av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def transparent(path: pathlib.Path, codec: str, pixels: str) -> None:
+    """B is clear, over colours that nobody sees."""
+    layered = np.dstack([picture(), np.full((64, 96), 255, np.uint8)])
+    layered[:32, 48:, 3] = 0
+    frames = [av.VideoFrame.from_ndarray(layered, format="rgba").reformat(format=pixels) for _ in range(4)]
+    write_frames(path, frames, codec, pixels, options={"auto-alt-ref": "0"} if codec == "libvpx" else None)
+
+
+def interlaced(path: pathlib.Path) -> None:
+    """A bar that moves 2 pixels from field to field, the upper field first."""
+
+    def prepare(stream):
+        stream.codec_context.flags |= av.codec.context.Flags.interlaced_dct | av.codec.context.Flags.interlaced_me
+
+    frames = np.full((8, 64, 96, 3), 30, np.uint8)
+    for index, frame in enumerate(frames):
+        for field in range(2):
+            frame[field::2, 8 + 4 * index + 2 * field :][:, :16] = 200
+    write_frames(path, list(frames), options={"crf": "4", "x264-params": "tff=1"}, prepare=prepare)
+
+
+def edited(path: pathlib.Path, skipped: int) -> None:
+    """Its edit list leaves out the first frames, inside a group of pictures."""
+    write_clip(path, 10, 20)
+    data = path.read_bytes()
+    (timescale,) = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)
+    (media_time,) = struct.unpack_from(">i", data, data.index(b"elst") + 16)
+    replace_in(path, b"elst", 16, struct.pack(">i", media_time + skipped * timescale // 10))
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    with_cover(tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert [stream.codec_context.name for stream in container.streams.video] == ["mjpeg", "h264"]
+    assert fields_of(cut_clip(tmp_path / "a.mp4", Cut(64, 96, 4, 16.0))[3]) == "ABCD"
+    assert read_video(tmp_path / "a.mp4").frames.shape == (4, 64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("a.webm", "libvpx-vp9", "yuva420p"),
+        ("a.webm", "libvpx", "yuva420p"),
+        ("a.mkv", "ffv1", "bgra"),
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.mov", "qtrle", "argb"),
+    ],
+)
+def test_what_is_transparent_is_white(tmp_path, name, codec, pixels):
+    transparent(tmp_path / name, codec, pixels)
+    frames = cut_clip(tmp_path / name, Cut(64, 96, 4, 16.0))
+    for frame in frames:
+        assert fields_of(frame) == "A?CD"
+        assert frame[16, 72].min() >= 253
+
+
+def test_interlaced_videos_have_no_combs(tmp_path):
+    interlaced(tmp_path / "a.mp4")
+    frames = cut_clip(tmp_path / "a.mp4", Cut(64, 96, 8, 16.0), crop=(0, 0, 96, 64))
+    bars = frames.astype(int)[..., 1] > 115
+    assert (bars[:, 1:] == bars[:, :-1]).all()  # lines are equal, as they are in each field
+    for index, bar in enumerate(bars[:, 30]):  # where one of the two fields has it
+        (first,) = set(np.flatnonzero(bar)[[0, -1]] - 4 * index - (8, 23))
+        assert first in (0, 2)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_an_edit_list_is_kept_to(tmp_path, start):
+    edited(tmp_path / "a.mp4", skipped=3)
+    first = 3 + round(start * 10)
+    assert shown(cut_clip(tmp_path / "a.mp4", Cut(48, 64, 5, 10.0), start=start)) == [*range(first, first + 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "size"),
+    [
+        ("a.mkv", "ffv1", "yuv420p", (95, 63)),
+        ("a.mov", "mjpeg", "yuvj422p", (97, 65)),
+        ("a.mkv", "libx264", "yuv444p", (95, 63)),
+        ("a.mpg", "mpeg2video", "yuv420p", (96, 64)),
+        ("a.mkv", "libx265", "yuv420p10le", (96, 64)),
+        ("a.gif", "gif", "rgb8", (96, 64)),
+        ("a.avi", "rawvideo", "bgr24", (97, 63)),
+    ],
+)
+def test_containers_codecs_and_odd_sizes(tmp_path, name, codec, pixels, size):
+    frames = [picture(*size)] * 4
+    if pixels == "rgb8":
+        frames = [av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels) for frame in frames]
+    options = (
+        {"qscale": "1"}
+        if codec in ("mjpeg", "mpeg2video")
+        else {"x265-params": "log-level=none"}
+        if codec == "libx265"
+        else None
+    )
+    write_frames(tmp_path / name, frames, codec, pixels, rate=25, options=options)
+    (frame,) = cut_clip(tmp_path / name, Cut(64, 96, 1, 25.0), start=0.04)
+    assert fields_of(frame, most=40 if pixels == "rgb8" else 6) == "ABCD"  # of 256 colours
+
+
+def test_one_frame_is_a_clip_of_one_frame(tmp_path):
+    write_frames(tmp_path / "a.mp4", [picture()], rate=8)
+    assert fields_of(cut_clip(tmp_path / "a.mp4", Cut(64, 96, 1, 8.0))[0]) == "ABCD"
+    with pytest.raises(ValueError, match=r"too short: 0.12 s from start=0; 2 frames at 8 a second are 0.25 s"):
+        cut_clip(tmp_path / "a.mp4", Cut(64, 96, 2, 8.0))
+
+
+def test_pixels_that_lie_on_their_side_are_made_square_first(tmp_path):
+    # Stored 40x40 with pixels twice as wide as high, shown a quarter clockwise: 40 wide, 80 high.
+    write_frames(
+        tmp_path / "a.mp4",
+        [picture(40, 40)] * 2,
+        prepare=lambda s: setattr(s, "sample_aspect_ratio", fractions.Fraction(2)),
+    )
+    one = 2**16
+    replace_in(tmp_path / "a.mp4", b"tkhd", 44, struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 2**30))
+    (frame,) = cut_clip(tmp_path / "a.mp4", Cut(80, 40, 1, 16.0), crop=(0, 0, 40, 80))
+    assert fields_of(frame) == "CADB"
 
 
 def broken_lines(folder: pathlib.Path) -> list[tuple[dict, str]]:
@@ -245,11 +525,14 @@ def broken_lines(folder: pathlib.Path) -> list[tuple[dict, str]]:
     (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
     (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n")
-    with av.open(str(folder / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
+    song(folder / "song.mp4")
+    song(folder / "cover.mp4", cover=True)
+    write_clip(folder / "known.avi", 8, 20, codec="mpeg4")
+    (folder / "unknown.avi").write_bytes((folder / "known.avi").read_bytes().replace(b"FMP4", b"ZQX9"))
+    (folder / "words.mp4").write_text("a dog runs\n" * 50)
+    write_clip(folder / "whole.ts", 8, 20)
+    data = (folder / "whole.ts").read_bytes()
+    (folder / "cut.ts").write_bytes(data[: len(data) // 5])
     good = {"caption": "a dog runs", "video": "good.mp4"}
     return [
         (good | {"video": "nowhere.mp4"}, "no video file"),
@@ -259,7 +542,11 @@ def broken_lines(folder: pathlib.Path) -> list[tuple[dict, str]]:
         (good | {"video": "short.mp4"}, "too short: 0.38 s"),
         (good | {"video": "list.m3u8"}, "Invalid|not permitted|No such|Protocol|No video|Input/output"),
         (good | {"video": "."}, "is a folder, no video file"),
-        (good | {"video": "sound.wav"}, "no video stream"),
+        (good | {"video": "song.mp4"}, "it has no video stream$"),
+        (good | {"video": "cover.mp4"}, "it has no video stream, only a cover picture$"),
+        (good | {"video": "unknown.avi"}, "a codec that FFmpeg, as PyAV brings it, cannot decode"),
+        (good | {"video": "words.mp4"}, "Invalid data"),
+        (good | {"video": "cut.ts"}, "too short: |a frame is damaged|Invalid data"),
         (good | {"references": [{"image": "image.png"}]}, "damaged image|no image"),
         (good | {"references": [{"image": "gone.png"}]}, "no image file"),
         (good | {"references": [{"image": "image.png", "label": "cat"}]}, "no caption has the label 'cat'"),
@@ -273,6 +560,46 @@ def test_what_cannot_be_used_says_why(tmp_path):
         outcome = make_record(line, CUT)
         assert isinstance(outcome, Skipped), line
         assert re.search(reason, outcome.reason), outcome
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            AttributeError("'NoneType' object has no attribute 'x'"),
+            "AttributeError: 'NoneType' object has no attribute 'x'",
+        ),
+        (MemoryError(), "MemoryError: MemoryError"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (ValueError("a frame is damaged."), "a frame is damaged"),
+        (PermissionError(13, "Permission denied", "a.mp4"), "a.mp4: Permission denied"),
+    ],
+)
+def test_whatever_ends_the_work_on_a_clip_leaves_out_that_clip(tmp_path, monkeypatch, error, reason):
+    write_clip(tmp_path / "good.mp4", 12, 12)
+    write_clip(tmp_path / "bad.mp4", 12, 12)
+    lines = [{"caption": "a dog", "video": video} for video in ("good.mp4", "bad.mp4", "good.mp4")]
+    open_video = prepare_module.open_video
+
+    def fails_for_one(path, *args, **kwargs):
+        if path.name == "bad.mp4":
+            raise error
+        return open_video(path, *args, **kwargs)
+
+    monkeypatch.setattr(prepare_module, "open_video", fails_for_one)
+    source = prepare(write_list(tmp_path / "a.jsonl", lines), tmp_path / "out", dataclasses.replace(CUT, num_frames=2))
+    assert [source[index].id for index in range(len(source))] == ["good.mp4", "good.mp4"]
+    assert source.skipped == [Skipped("bad.mp4", reason)]
+
+
+def test_when_no_clip_can_be_used_the_reasons_are_named_and_nothing_is_written(tmp_path):
+    clips = write_list(tmp_path / "a.jsonl", [{"caption": "a dog", "video": "gone.mp4"}])
+    for _ in range(2):  # the second time too: nothing is remembered
+        with pytest.raises(
+            TooManySkippedError, match=r"none of 1 inputs has a record: gone.mp4: there is no video file"
+        ):
+            prepare(clips, tmp_path / "out", CUT)
+        assert not (tmp_path / "out").exists()
 
 
 def test_flipped_bits_are_noticed(tmp_path):
@@ -314,7 +641,7 @@ def test_few_broken_clips_are_left_out_and_many_end_the_run(tmp_path):
     command = [sys.executable, "-m", "magref_jax.data.prepare", str(four), "--out", str(tmp_path / "four")]
     command += ["--size", "32x48", "--num-frames", "2", "--fps", "12"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "More than 1 % of the clips cannot be used" in done.stderr
 
 
@@ -348,11 +675,54 @@ def test_wrong_lines_are_named_before_anything_is_made(tmp_path, line, message):
         read_lines(path)
 
 
-def test_a_list_in_another_encoding_is_named_with_the_line(tmp_path):
-    path = tmp_path / "clips.jsonl"
-    path.write_bytes('{"video": "a", "caption": "a"}\n{"video": "a", "caption": "café"}\n'.encode("cp1252"))
-    with pytest.raises(ValueError, match=r"clips.jsonl line 2 is not UTF-8: it has the byte 0xe9, which is é"):
-        read_lines(path)
+GOOD_LINE = '{"video": "a.mp4", "caption": "a café"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{GOOD_LINE}\n{GOOD_LINE}\n".encode("utf-8-sig"),
+        f"{GOOD_LINE}\r\n\r\n{GOOD_LINE}".encode(),
+        f"\n \t\n{GOOD_LINE}\r{GOOD_LINE}\r".encode(),
+        f"[{GOOD_LINE}, {GOOD_LINE}]".encode(),
+        f"\ufeff\n[\n{GOOD_LINE},\n{GOOD_LINE}\n]\n".encode(),
+    ],
+)
+def test_lists_are_read_however_they_were_saved(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert [(line.video, line.captions) for line in read_lines(tmp_path / "a.jsonl")] == [
+        (tmp_path / "a.mp4", ("a café",))
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{GOOD_LINE}\n{GOOD_LINE}".encode("cp1252"), "a.jsonl line 1 is not UTF-8: it has the byte 0xe9, which is é"),
+        (GOOD_LINE.encode("utf-16"), "a.jsonl is UTF-16; save it as UTF-8"),
+        (f"{GOOD_LINE},\n{GOOD_LINE}".encode(), "line 1: is not JSON: .*a line is one object, with no comma after it"),
+        (f"[{GOOD_LINE},]".encode(), "a.jsonl is not JSON: "),
+        (f"[{GOOD_LINE}, 3]".encode(), "a.jsonl entry 2: it must be an object, it is 3"),
+        (b"[" * 100_000, "a.jsonl is not JSON: "),
+        (b"", "a.jsonl is empty, no list of clips"),
+        (b"[]", "a.jsonl lists no clip"),
+        (b'{"video": "gs://bucket/a.mp4", "caption": "a"}', "line 1: video gs://bucket/a.mp4: gs:// cannot be read"),
+        (
+            b'{"video": "a", "caption": "a", "references": [{"image": "https://x/a.png"}]}',
+            "line 1: image https://x/a.png: https:// cannot be read",
+        ),
+        (b'{"video": "a", "caption": "\\ud800"}', "line 1: it has half of a surrogate pair"),
+        (
+            b'{"video": "a", "caption": "a", "start": 1' + b"0" * 400 + b"}",
+            "line 1: it has start=1000.* 0 <= start < end",
+        ),
+        (b'{"video": "a", "caption": "a", "start": NaN}', "line 1: it has start=nan"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_named_with_the_line(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_lines(tmp_path / "a.jsonl")
 
 
 def test_tags_that_are_no_text_do_not_matter(tmp_path):
@@ -377,10 +747,66 @@ def test_captions_are_cleaned_and_labels_found_in_them(tmp_path):
     assert find_labels(read.captions[0], ["dog", "", "dog", "dog", "cat"]) == ((11, 14), None, (19, 22), (19, 22), None)
 
 
-def test_the_command_says_what_is_wrong(tmp_path):
-    environment = os.environ | {"COLUMNS": "200"}
-    command = [sys.executable, "-m", "magref_jax.data.prepare", str(tmp_path / "no.jsonl"), "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--size", "480"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    assert "size='480' must be HEIGHTxWIDTH" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["good.jsonl", "--size", "480"], "size='480' must be HEIGHTxWIDTH"),
+        (["good.jsonl", "--size", "31x48"], "size=31x48 must have even sides with store=mp4"),
+        (["good.jsonl", "--fps", "0"], "fps=0.0 must be positive"),
+        (["good.jsonl", "--fps", "nan"], "fps=nan must be positive"),
+        (["good.jsonl", "--num-frames", "0"], "num_frames=0 must be 1 or more"),
+        (["good.jsonl", "--shard-records", "0"], "shard_records=0 must be 1 or more"),
+        (["good.jsonl", "--num-threads", "0"], "num_threads=0 must be 1 or more"),
+        (["no.jsonl"], "there is no list of clips no.jsonl"),
+        (["gs://bucket/clips.jsonl"], "clips gs:/bucket/clips.jsonl: gs:// cannot be read"),
+        (["good.jsonl", "--out", "gs://bucket/records"], "--out gs:/bucket/records: gs:// cannot be read"),
+        (["good.jsonl", "--out", "good.jsonl"], "good.jsonl is a file, not a folder"),
+        (["good.jsonl", "--out", "good.jsonl/x"], "good.jsonl is a file, not a folder"),
+        (["videos"], '"video": "a dog.MOV", "caption": '),
+        (["empty"], '"video": "dog.mp4", "caption": '),
+        (
+            ["videos/a dog.MOV"],
+            'is a video; give a list of clips.*videos/clips.jsonl with the line\n{"video": "a dog.MOV"',
+        ),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_said_and_nothing_made(tmp_path, monkeypatch, capsys, arguments, message):
+    write_list(tmp_path / "good.jsonl", [{"video": "a", "caption": "a"}])
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "videos" / "a dog.MOV").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in arguments else ["--out", "out"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments, *out])
+    with pytest.raises(SystemExit) as stopped:
+        prepare_module.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("data.prepare: ")
+    assert re.search(message, error), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_printed_example_for_a_folder_works(tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_clip(tmp_path / "videos" / "a.mp4", 12, 12)
+    with pytest.raises(ValueError, match="is a folder; give a list of clips") as refused:
+        read_lines(tmp_path / "videos")
+    (tmp_path / "videos" / "clips.jsonl").write_text(str(refused.value).split("\n")[1])
+    assert len(prepare(tmp_path / "videos" / "clips.jsonl", tmp_path / "out", CUT)) == 1
+
+
+def test_the_command_ends_in_a_sentence(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "magref_jax.data.prepare",
+        str(tmp_path / "no.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == f"data.prepare: there is no list of clips {tmp_path / 'no.jsonl'}.\n"

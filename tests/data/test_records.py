@@ -258,6 +258,38 @@ def test_too_many_skipped_inputs_stop(tmp_path):
         write_records(tmp_path / "none", [])
 
 
+def test_when_all_inputs_are_skipped_nothing_is_kept(tmp_path):
+    def make(start):
+        return [Skipped("a.mp4", "too short"), Skipped("b.mp4", "no video")][start:]
+
+    with pytest.raises(TooManySkippedError, match="none of 2 inputs has a record: a.mp4: too short; b.mp4: no video"):
+        write_records(tmp_path / "new" / "folder", make, 2, max_skipped=2)
+    assert not (tmp_path / "new" / "folder").exists()
+    with pytest.raises(ValueError, match="shard_records=0 must be 1 or more"):
+        write_records(tmp_path / "new", [small(0)], shard_records=0)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_whole_shards(tmp_path):
+    resource = pytest.importorskip("resource")
+    large = np.random.default_rng(0).integers(0, 256, (2, 200, 200, 3), np.uint8)
+    records = [small(0), dataclasses.replace(small(1), frames=large, height=200, width=200)]
+    whole = write_records(tmp_path / "whole", records, shard_records=1)
+    first, second = ((tmp_path / "whole" / f"records-0000{n}.array_record").stat().st_size for n in range(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most, kept in ((first - 1, set()), (second - 1, {PROGRESS, "records-00000.array_record"})):
+        folder = tmp_path / str(most)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            with pytest.raises(
+                OSError, match=r"records-0000\d.array_record cannot be written: write\(\) failed: File too"
+            ):
+                write_records(folder, records, shard_records=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (set(contents(folder)) if folder.exists() else set()) == kept
+        assert write_records(folder, records, shard_records=1).fingerprint == whole.fingerprint
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder of records is at .*nowhere"):
         open_records(tmp_path / "nowhere*")
@@ -287,6 +319,12 @@ def test_damage_is_named(tmp_path):
     assert_equal(source[12], small(12))
     with pytest.raises(ValueError, match=r"damaged: \S*records-00001.array_record\."):
         source.verify()
+    index = (tmp_path / INDEX).read_text()
+    for damaged in ("", "[]", index.replace('"sha256"', '"sha"'), index.replace('"shards": [', '"shards": [3, ')):
+        (tmp_path / INDEX).write_text(damaged)
+        with pytest.raises(ValueError, match=f"{INDEX} is damaged"):
+            open_records(tmp_path)
+    (tmp_path / INDEX).write_text(index)
     path.write_bytes(data[:-1])
     with pytest.raises(ValueError, match=f"records-00001.array_record has {len(data) - 1} bytes, {INDEX} says"):
         open_records(tmp_path)
