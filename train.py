@@ -22,11 +22,18 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # without a word while the libraries load, which takes seconds
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +57,7 @@ from magref_jax.files import replacing
 from magref_jax.sharding import make_mesh
 from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
 from magref_jax.training.config import TrainConfig
-from magref_jax.training.job import Job, Samples, Stopped
+from magref_jax.training.job import BatchStream, Job, Samples, Stopped
 from magref_jax.training.monitor import Monitor
 from magref_jax.training.optimizer import make_optimizer
 from magref_jax.training.step import TrainState, init_state, state_shardings, train_step
@@ -93,9 +100,11 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
         if done is not None and done > last:
             raise ValueError(f"num_steps={last}: the run in {out} has done {done} steps; give more, or another folder.")
 
-        def accept(params: Params) -> None:
+        def accept(params: Params, batches: BatchStream | None) -> None:
             if done is not None:
                 checkpoints.check(done, jax.eval_shape(make_state, params))
+                if batches is not None:
+                    batches.restore(checkpoints.read(done)[0])
 
         with stop.leaving():  # nothing is to be saved yet
             job = open_job(config, out, mesh, accept)
@@ -328,4 +337,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -43,8 +43,10 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
     temporary = folder.with_name(f".{folder.name}.new")
 
     def clear() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in folder.parent.iterdir():
+            if path.name.startswith(temporary.name):  # orbax adds to the name of what is unfinished
+                shutil.rmtree(path, ignore_errors=True)
 
     def replace() -> None:
         # It names the folder of the machine that wrote it, and nothing reads it on a file system that renames atomically.
@@ -54,8 +56,13 @@ def save_params(folder: pathlib.Path, params: Params, dtype: str | None = None) 
 
     on_first(clear)
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary, params, save_args=chunks)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary, params, save_args=chunks)
+    except Exception:
+        if is_first():
+            clear()
+        raise
     on_first(replace)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -157,6 +158,8 @@ def test_a_preset_that_is_none_is_refused_with_its_line(tmp_path, capsys, preset
         ("--config.seed -1", "seed=-1 must be 0 or more"),
         ("--config.accumulation-steps 3", "accumulation_steps=3 must divide the batch_size=8 of phase 0"),
         ("--config.events.keep 0", "Events.keep=0 must be 1 or more"),
+        ("--config.task.objective.text-dropout 1.5", "ObjectiveConfig.text_dropout=1.5 must be in [0, 1]"),
+        ("--config.task.objective.flow-shift 0", "ObjectiveConfig.flow_shift=0.0 must be greater than 0"),
         ("--config.task.no-such-option 3", "no-such-option"),
         ("--config.optimizer.learning-rate fast", "fast"),
         ("--mesh fsdp=3", "mesh='fsdp=3' means fsdp=3, which does not use the 8 devices"),
@@ -186,6 +189,20 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="to see what is loaded")
+def test_ctrl_c_while_the_libraries_load_says_nothing_and_before_training_a_word(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "configs/smoke.py", "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "jaxlib" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip() in ("", "train.py: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["--num-steps", "3"]])
 def test_without_a_preset_the_usage_is_told(capsys, arguments):
     assert "usage: python train.py configs/NAME.py" in refused(capsys, *arguments)
@@ -197,6 +214,8 @@ def test_without_a_preset_the_usage_is_told(capsys, arguments):
         ("--num-steps 10", "num_steps=10: the run in {out} has done 20 steps; give more"),
         ("--config.task.model.dit.dim 32", "20 is of another training state: "),
         ("--config.optimizer.method muon", "20 is of another training state: "),
+        ("--config.task.data.num-clips 17", "a run goes on with the records, their order and the seed"),
+        ("--config.seed 1", "a run goes on with the records, their order and the seed"),
         ("--config.optimizer.ema-decay None", "20 is of another training state: "),
     ],
 )

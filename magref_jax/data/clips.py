@@ -559,13 +559,15 @@ class Batches:
         for name in ("source", "seed"):
             if state[name] != self._identity[name]:
                 raise ValueError(
-                    f"the {name} of these batches is {self._identity[name]!r}, that of the saved state {state[name]!r}."
+                    f"the {name} of these batches is {self._identity[name]!r}, that of the saved state {state[name]!r}: a run "
+                    "goes on with the records, their order and the seed that it began with."
                 )
         past, saved = _past(self._identity["phases"], count), _past(state["phases"], count)
         if past != saved:
             ours, theirs = next(pair for pair in zip(past, saved, strict=False) if pair[0] != pair[1])
             raise ValueError(
-                f"the first {count} batches had other phases in the saved state: {theirs} there, {ours} here."
+                f"the first {count} batches had other phases in the saved state: {theirs} there, {ours} here. Only phases that "
+                "are still to come may change."
             )
         self.close()
         self._count = count

@@ -236,6 +236,12 @@ class Checkpoints:
             raise ValueError(f"Checkpoint {self._path(step)} is of another training state: {'; '.join(problems)}.")
         return expected
 
+    def read(self, step: int) -> tuple[Any, Any]:
+        """The position in the data and the configuration of a checkpoint that `check` accepts."""
+        args = ocp.args.Composite(data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
+        restored = self._checkpointer.restore(self._path(step) / _ITEMS, args=args)
+        return restored["data"], restored["config"]
+
     def _check_files(self, step: int, contents: bool) -> None:
         if problem := self._problem(step, contents):
             whole = next((older for older in reversed(self.steps()) if older < step and not self._problem(older)), None)

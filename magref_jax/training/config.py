@@ -73,6 +73,13 @@ class ObjectiveConfig:
     blank_dropout: float = 0.05  # text and references together
     injection_dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("text_dropout", "reference_dropout", "blank_dropout", "injection_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ObjectiveConfig.{name}={getattr(self, name)} must be in [0, 1].")
+        if self.flow_shift <= 0:
+            raise ValueError(f"ObjectiveConfig.flow_shift={self.flow_shift} must be greater than 0.")
+
 
 @dataclasses.dataclass(frozen=True)
 class EmojiData:

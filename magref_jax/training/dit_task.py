@@ -53,7 +53,7 @@ def open_dit(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept)
     for source in filter(None, (training_clips, validation_clips)):
         check_records(model, source, make)
     abstract = abstract_networks(task, model, mesh)
-    accept(abstract_trained(task, model))
+    accept(abstract_trained(task, model), None if task.layouts else batches)
     dit, encoders = read_networks(task, model, mesh, config.seed, abstract)
     if task.layouts:
         training_clips = precompute(

@@ -22,7 +22,6 @@ class Stopped(Exception):
 Check = Callable[
     [], None
 ]  # raises `Stopped`; in all of several processes, which must call it equally often, the same time
-Accept = Callable[[Params], None]  # refuses a run that trains parameters of these shapes
 
 
 class BatchStream(Protocol):
@@ -62,6 +61,10 @@ class SameBatch:
 
     def close(self) -> None:
         self._batches.close()
+
+
+# Refuses a run that trains parameters of these shapes on these batches; None: they are not known before weights are read.
+Accept = Callable[[Params, BatchStream | None], None]
 
 
 @short_repr

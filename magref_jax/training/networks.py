@@ -16,6 +16,7 @@ from jaxtyping import Array
 from magref_jax import pipeline
 from magref_jax.checkpoint import NETWORKS, Params
 from magref_jax.config import ModelConfig
+from magref_jax.files import naming
 
 
 def init_random(model: ModelConfig, mesh: Mesh, seed: int, only: Collection[str] = NETWORKS) -> dict[str, Params]:
@@ -54,5 +55,14 @@ def copy_networks(source: pathlib.Path, target: pathlib.Path, but: str) -> None:
         if name != but and (source / name).is_dir() and not (target / name).exists():
             part = target / f".{name}.new"
             shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(source / name, part)
-            part.rename(target / name)
+            try:
+                for path in (source / name).rglob("*"):
+                    if path.is_file():
+                        copy = part / path.relative_to(source / name)
+                        with naming(copy):
+                            copy.parent.mkdir(parents=True, exist_ok=True)
+                            shutil.copyfile(path, copy)
+                part.rename(target / name)
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)
+                raise

@@ -75,7 +75,7 @@ def open_vae(config: TrainConfig, out: pathlib.Path, mesh: Mesh, accept: Accept)
         text_encoder = dataclasses.replace(model.text_encoder, vocab_size=vocab_size)
         model = dataclasses.replace(model, text_encoder=text_encoder)
     abstract = pipeline.place_params(mesh, pipeline.abstract_params(model, only=("vae",)))
-    accept(split_params(abstract["vae"], task.trainable)[0])
+    accept(split_params(abstract["vae"], task.trainable)[0], None)
     if task.folder is None:
         params = init_random(model, mesh, config.seed)
     else:
