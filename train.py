@@ -43,8 +43,9 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from magref_jax.checkpoint import Params
+from magref_jax.checkpoint import MANIFEST, Params, file_digest
 from magref_jax.command import (
+    check_devices,
     check_local,
     check_local_fields,
     check_output_folder,
@@ -53,7 +54,8 @@ from magref_jax.command import (
     program,
 )
 from magref_jax.distributed import initialise, is_first, on_first, wait_for_all
-from magref_jax.files import replacing
+from magref_jax.files import Claim, remove_leftovers, replacing
+from magref_jax.models.adapters import LoraConfig
 from magref_jax.sharding import make_mesh
 from magref_jax.training.checkpoints import Checkpoints, SaveError, StopSignal
 from magref_jax.training.config import TrainConfig
@@ -75,6 +77,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
     """
     events, last = config.events, config.num_steps
     mesh = make_mesh("fsdp=-1") if mesh is None else mesh
+    about = as_json(config) | {"weights": weights_digest(config.task.folder)}
     optimizer = make_optimizer(config.optimizer)
     make_state = functools.partial(
         init_state,
@@ -113,9 +116,10 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
             if done is not None:
                 state, position, saved = checkpoints.restore(done, abstract_state(state, shardings))
                 job.batches.restore(position)
-                for change in config_changes(saved, as_json(config)) if is_first() else []:
+                for change in changes(saved, about) if is_first() else []:
                     print(f"train.py: not as before step {done}: {change}", file=sys.stderr)
             on_first(lambda: write_config(config, out))
+            on_first(lambda: [remove_leftovers(folder) for folder in (out, out / "samples")])
         step_fn = jax.jit(
             functools.partial(train_step, job.loss, optimizer, config.optimizer.ema_decay, config.accumulation_steps),
             donate_argnums=0,
@@ -157,7 +161,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
             stopped = received()
             if is_due(events.checkpoint, step, last) or stopped:
                 with monitor.time("checkpoint"):
-                    save(checkpoints, step, state, job.batches.state(), config, wait=bool(stopped) or step == last)
+                    save(checkpoints, step, state, job.batches.state(), about, wait=bool(stopped) or step == last)
             if stopped:
                 if is_first():
                     tqdm.write(
@@ -200,12 +204,10 @@ def trained(state: TrainState) -> Params:
     return state.params if state.ema is None else state.ema
 
 
-def save(
-    checkpoints: Checkpoints, step: int, state: TrainState, position: Any, config: TrainConfig, wait: bool
-) -> None:
+def save(checkpoints: Checkpoints, step: int, state: TrainState, position: Any, about: Any, wait: bool) -> None:
     """A full disk does not end a run as long as there is a next time to try."""
     try:
-        checkpoints.save(step, state, position, as_json(config), wait=wait)
+        checkpoints.save(step, state, position, about, wait=wait)
     except SaveError as error:
         if wait:
             raise
@@ -225,6 +227,20 @@ def save_samples(samples: Samples, out: pathlib.Path, step: int, monitor: Monito
 def as_json(config: TrainConfig) -> Any:
     """The config as JSON holds it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def weights_digest(folder: pathlib.Path | None) -> str | None:
+    """Of the manifest of a model folder, which has the digests of all its files."""
+    manifest = None if folder is None else folder / MANIFEST
+    return None if manifest is None or not manifest.is_file() else file_digest(manifest)
+
+
+def changes(before: Any, now: Any) -> list[str]:
+    """What a run that goes on does differently, and whether its model folder is another."""
+    lines = config_changes(before | {"weights": None}, now | {"weights": None})
+    if before.get("weights") not in (None, now["weights"]):
+        lines.append(f"what config.task.folder holds: {now['task']['folder']} has other files")
+    return lines
 
 
 def config_changes(before: Any, now: Any, path: str = "") -> list[str]:
@@ -288,6 +304,26 @@ class Arguments:
 USAGE = "python train.py configs/NAME.py --output-dir DIR [--num-steps N] [--config.… overrides]"
 
 
+def names_as_option(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
+    """In the context, tyro gives what a DiT trains an option; of text or a LoRA it would make a word without one."""
+    registry = tyro.constructors.ConstructorRegistry()
+    if isinstance(config.task.trainable, str):
+
+        @registry.primitive_rule
+        def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+            if info.type != LoraConfig | str:
+                return None
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="STR",
+                instance_from_str=lambda words: words[0],
+                is_instance=lambda value: isinstance(value, str),
+                str_from_instance=lambda value: [value],
+            )
+
+    return registry
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """The arguments; ends the program where they ask for help.
 
@@ -302,9 +338,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     default = Arguments(output_dir=pathlib.Path("runs") / pathlib.Path(argv[0]).stem, config=load_config(argv[0]))
     # A preset says what is trained; its alternatives are other presets.
     options = (tyro.conf.AvoidSubcommands,)
-    arguments = tyro.cli(
-        Arguments, prog=f"train.py {argv[0]}", default=default, args=argv[1:], description=__doc__, config=options
-    )
+    with names_as_option(default.config):
+        arguments = tyro.cli(
+            Arguments, prog=f"train.py {argv[0]}", default=default, args=argv[1:], description=__doc__, config=options
+        )
     for name in ("output_dir", "compile_cache", "plan_json"):
         if (path := getattr(arguments, name)) is not None:
             check_local(f"--{name.replace('_', '-')}", path)
@@ -326,9 +363,16 @@ def run(argv: Sequence[str]) -> None:
         return
     check_output_folder("--output-dir", arguments.output_dir)
     initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    check_devices()
     if arguments.compile_cache != "none":
         keep_compiled_programs(arguments.compile_cache or default_cache())
-    train(arguments.config, arguments.output_dir, make_mesh(arguments.mesh or "fsdp=-1"))
+    mesh = make_mesh(arguments.mesh or "fsdp=-1")
+    with contextlib.ExitStack() as stack:
+        held = Claim(arguments.output_dir)
+        stack.callback(held.release)
+        if (note := on_first(held.take)) is not None and is_first():
+            print(f"train.py: --output-dir {note}", file=sys.stderr)
+        train(arguments.config, arguments.output_dir, mesh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """The README's training command on the smoke preset, as a user runs it."""
 
 import dataclasses
+import fcntl
+import hashlib
 import json
 import pathlib
 import shutil
@@ -19,6 +21,7 @@ import train
 from magref_jax import checkpoint, pipeline
 from magref_jax.data import clips
 from magref_jax.data.precompute import encode_batch
+from magref_jax.models.adapters import LoraConfig
 from magref_jax.training.config import Events
 from magref_jax.training.dit_task import open_sources
 
@@ -172,6 +175,7 @@ def test_a_preset_that_is_none_is_refused_with_its_line(tmp_path, capsys, preset
         ("--output-dir a_file/run", "a_file is a file, not a folder"),
         ("--config.task.folder missing", "missing"),
         ("--config.task.folder torch_folder", "torch_folder"),
+        ("--config.task.trainable decoder", "trainable='decoder' matches no parameter"),
         ("--config.task.data.num-clips 4", "phase 0 has batch_size=8, but there are only 4 clips"),
         ("--coordinator localhost:1", "num_processes and process_id not given"),
     ],
@@ -216,6 +220,7 @@ def test_without_a_preset_the_usage_is_told(capsys, arguments):
         ("--config.optimizer.method muon", "20 is of another training state: "),
         ("--config.task.data.num-clips 17", "a run goes on with the records, their order and the seed"),
         ("--config.seed 1", "a run goes on with the records, their order and the seed"),
+        ("--config.task.trainable head/.*", "20 is of another training state: "),
         ("--config.optimizer.ema-decay None", "20 is of another training state: "),
     ],
 )
@@ -238,10 +243,46 @@ def test_what_a_continued_run_does_differently_is_said():
     assert train.config_changes(before, changed) == ["config.optimizer.learning_rate is 0.5, was 0.01"]
 
 
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "restore_model", lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a+") as file:
+        file.write("process 5 on elsewhere")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = refused(capsys, SMOKE, "--output-dir", tmp_path / "run", "--compile-cache", "none")
+    assert "run is being written to by process 5 on elsewhere" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_model_folder_of_other_weights_is_said(smoke, tmp_path):
+    config = train.load_config(str(SMOKE))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        saved = checkpointer.restore(smoke[0] / "checkpoints" / "20" / "items" / "config")
+    assert saved["weights"] == hashlib.sha256((config.task.folder / "MANIFEST.json").read_bytes()).hexdigest()
+    now = train.as_json(config)
+    assert train.changes(saved, now | {"weights": saved["weights"]}) == []
+    (change,) = train.changes(saved, now | {"weights": train.weights_digest(smoke[0] / "model")})
+    assert change == f"what config.task.folder holds: {config.task.folder} has other files"
+    assert train.changes({**now}, now | {"weights": saved["weights"]}) == []  # a checkpoint of before knows of none
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
 def test_every_preset_loads(name):
     config = train.load_config(str(ROOT / "configs" / name))
     assert config.num_steps >= 1
+
+
+@pytest.mark.parametrize("name", ["smoke.py", "emoji_vae.py", "magref_14b_480p.py", "magref_14b_lora.py"])
+def test_a_word_that_is_no_option_is_refused(name, capsys):
+    """It used to be taken for the names of what is trained, which had no option."""
+    assert "Unrecognized options: 50" in refused(capsys, f"configs/{name}", "50")
+
+
+def test_what_is_trained_has_an_option():
+    assert train.parse([str(SMOKE), "--config.task.trainable", "head/.*"]).config.task.trainable == "head/.*"
+    lora = train.parse(["configs/magref_14b_lora.py", "--config.task.trainable.rank", "8"])
+    assert lora.config.task.trainable == LoraConfig(rank=8)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "keep", "keep_every", "validation", "sample", "report"])
