@@ -9,6 +9,7 @@ clip as a further view.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -28,6 +29,7 @@ from magref_jax.conditioning.subjects import clean_prompt, occurrences
 from magref_jax.data.prepare import Cut, cut_clip, parse_line
 from magref_jax.data.records import Skipped
 from magref_jax.files import read_text, replacing
+from magref_jax.prompts import safe_key
 
 CLASSES = ("subject", "object")  # kinds of `word_tags` that become references
 MAX_BYTES = 2**36  # of a file of annotations
@@ -151,8 +153,15 @@ def import_clip(
 
 def reference_file(key: str, name: str) -> pathlib.Path:
     """Where the cut-out of a class of a clip lies, below the list's folder."""
-    safe = re.compile(r"[^\w.-]+")
-    return pathlib.Path("references", safe.sub("_", key), f"{safe.sub('_', name)}.png")
+    return pathlib.Path("references", _file_name(key), f"{_file_name(name)}.png")
+
+
+def _file_name(text: str) -> str:
+    """A name that is seen and stays in its folder; with a digest where it says less than the text."""
+    name = safe_key(text)
+    if name and name == re.sub(r"[^\w.-]+", "_", text):
+        return name
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".lstrip("-")
 
 
 def add_pairs(lines: Mapping[str, dict[str, Any]], pairs: Iterable[Mapping[str, Any]], limits: Limits) -> list[str]:

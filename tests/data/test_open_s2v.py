@@ -251,3 +251,15 @@ def test_what_is_asked_for_wrongly_is_said_and_nothing_made(tmp_path, monkeypatc
     assert error.startswith("data.open_s2v: ")
     assert re.search(message, error)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cut_outs_stay_below_their_folder_and_apart(tmp_path):
+    keys = ["clip_1", "a/b", "..", "../..", "", "-x", "x", ".x", "\ufe0f", "y" * 200 + "1", "y" * 200 + "2"]
+    files = [open_s2v.reference_file(key, name) for key in keys for name in ("red ball", "..", "ball")]
+    assert str(files[0]) == "references/clip_1/red_ball.png"
+    assert str(files[3]) == "references/a_b/red_ball.png"
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch(exist_ok=False)
+        assert (tmp_path / file).resolve().parent.parent == tmp_path / "references"
+        assert all(part[0].isalnum() for part in file.parts)
