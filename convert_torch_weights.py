@@ -12,13 +12,13 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from magref_jax import pipeline
 from magref_jax.checkpoint import MANIFEST, NETWORKS, verify_manifest
+from magref_jax.command import check_local, program
 from magref_jax.config import DiTConfig, ModelConfig, from_dict
 from magref_jax.convert import conversion, export, lora, sources
 
@@ -65,14 +65,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    try:
+    with program("convert_torch_weights.py"):
         run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"convert_torch_weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_local("SOURCE", arguments.source)
+    if arguments.out is not None:
+        check_local("OUT", arguments.out)
     source, out = locate(arguments.source), arguments.out
     is_model = (source / MANIFEST).is_file()
     if out is None and not (arguments.verify or arguments.dry_run):
@@ -103,7 +103,10 @@ def locate(text: str) -> pathlib.Path:
         raise FileNotFoundError(f"SOURCE {text} does not exist.{hint}")
     import huggingface_hub
 
-    return pathlib.Path(huggingface_hub.snapshot_download(pinned[1], revision=pinned[2], allow_patterns=HUB_FILES))
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(pinned[1], revision=pinned[2], allow_patterns=HUB_FILES))
+    except (ValueError, OSError) as error:
+        raise OSError(f"SOURCE {text} could not be downloaded: {' '.join(str(error).split())}") from None
 
 
 def read_settings(texts: list[str]) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def to_torch(path: pathlib.Path, out: pathlib.Path, arguments: argparse.Namespac
         print(f"{path} to the layout of {arguments.to}: {total / 1e9:.2f} GB into {out}")
         return
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
-        files = export.export(path, out, arguments.to, only=only, progress=bar.update)
+        files = export.export(path, out, arguments.to, only=only, progress=bar.update, say=tqdm.write)
     print("wrote", *(str(out / file) for file in files), sep="\n  ")
 
 

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from magref_jax.checkpoint import (
     verify_manifest,
     write_manifest,
 )
+from magref_jax.command import check_output_folder
 from magref_jax.config import DType, ModelConfig, load_model_config
 from magref_jax.convert.dit import dit_rules
 from magref_jax.convert.image_encoder import image_encoder_rules
@@ -31,6 +33,7 @@ from magref_jax.convert.sources import Network, ScaledTensor, Source, Tensor, ch
 from magref_jax.convert.text_encoder import text_encoder_rules
 from magref_jax.convert.vae import vae_rules
 from magref_jax.descriptions import short_repr
+from magref_jax.files import naming
 
 RULES: Mapping[str, Callable[..., Sequence[Rule]]] = {
     "dit": dit_rules,
@@ -38,10 +41,10 @@ RULES: Mapping[str, Callable[..., Sequence[Rule]]] = {
     "text_encoder": text_encoder_rules,
     "image_encoder": image_encoder_rules,
 }
+SPIECE = "spiece.model"  # what sentencepiece reads
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 # What is computed in float32 (see config.py) and the VAE stay as they are stored when the rest is made smaller.
 PRECISE = re.compile(r"vae/.*|.*(norm|modulation|time_|head/|(class|position)_embedding|relative_bias|bias$).*")
-SPIECE = "spiece.model"  # what sentencepiece reads
 TOKENIZER_FILES = (".json", ".model", ".txt")
 
 
@@ -219,10 +222,7 @@ def run(
         if part not in todo:
             say(f"{part.network.name} was finished before")
             progress(part.source_bytes)
-    place = next(parent for parent in out.parents if parent.is_dir())
-    needed, free = sum(part.target_bytes for part in todo), shutil.disk_usage(place).free
-    if needed > free:
-        raise ValueError(f"OUT {out}: {_gigabytes(needed)} are needed, {_gigabytes(free)} are free.")
+    check_place(out, sum(part.target_bytes for part in todo))
     warnings = []
     if checks:
         files = sorted({file for part in todo for file in part.network.files})
@@ -230,8 +230,12 @@ def run(
     partial.parent.mkdir(parents=True, exist_ok=True)
     _note(out).write_text(plan.digest(), encoding="utf-8")
     partial.mkdir(exist_ok=True)
-    for part in todo:
-        convert_network(part, partial / part.network.name, progress)
+    try:
+        for part in todo:
+            convert_network(part, partial / part.network.name, progress)
+    except BaseException:
+        say(f"{partial} keeps what is finished; --resume goes on with it.")
+        raise
     warnings += [
         f"{part.network.name}: {name!r} has values that are infinite or no numbers."
         for part in plan.parts
@@ -274,6 +278,19 @@ def _joined(config: ModelConfig, existing: ModelConfig, out: pathlib.Path, names
     except ValueError as error:
         raise ValueError(f"OUT {out} holds {', '.join(kept)} already: {error}") from None
     return joined
+
+
+def check_place(out: pathlib.Path, needed: int) -> None:
+    """Sees that OUT can be written, before time is spent on what goes into it.
+
+    Raises:
+        ValueError: it cannot, or there is no room for `needed` bytes.
+    """
+    folder = out.absolute().parent
+    check_output_folder("OUT", folder)
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    if needed > (free := shutil.disk_usage(place).free):
+        raise ValueError(f"OUT {out}: {_gigabytes(needed)} are needed, {_gigabytes(free)} are free.")
 
 
 def _old(out: pathlib.Path) -> pathlib.Path:
@@ -331,6 +348,12 @@ def _read_journal(journal: pathlib.Path) -> dict[str, bool]:
     return {name: bool(broken) for broken, _, name in (line.partition("\t") for line in lines[:-1])}
 
 
+def _system_reason(error: Exception) -> str:
+    """What the system said, out of tensorstore's message, which also names places of its source."""
+    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO))
+    return next((reason for reason in known if reason in str(error)), str(error).splitlines()[0])
+
+
 def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], object]) -> None:
     """Reads each tensor once and writes what it fills; what the journal names is written already."""
     journal = _journal(folder)
@@ -344,11 +367,17 @@ def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], 
         values = part.network.tensors[filling.name].read()
         broken = not np.isfinite(values).all()
         for path, array in filling.arrays(values):
-            writer.write(path, array, filling.layer)
+            write(path, array, filling.layer)
         return filling, broken
 
+    def write(path: str, array: np.ndarray, layer: int | None) -> None:
+        try:
+            writer.write(path, array, layer)
+        except ValueError as error:  # of tensorstore, whatever it is; a full disk among others
+            raise OSError(f"{folder}: {path} could not be written: {_system_reason(error)}.") from None
+
     # Two at a time: one is read and cast while the other is packed and written.
-    with concurrent.futures.ThreadPoolExecutor(2) as pool, journal.open("a", encoding="utf-8") as file:
+    with naming(journal), concurrent.futures.ThreadPoolExecutor(2) as pool, journal.open("a", encoding="utf-8") as file:
         for filling, broken in pool.map(convert, part.fillings):
             if filling.name not in written:
                 print("broken" if broken else "", filling.name, sep="\t", file=file, flush=True)

@@ -20,9 +20,10 @@ from magref_jax.config import (
     VAEConfig,
     load_model_config,
 )
-from magref_jax.convert.conversion import RULES
+from magref_jax.convert.conversion import RULES, SPIECE, check_place
 from magref_jax.convert.image_encoder import image_encoder_unused
 from magref_jax.convert.rules import Layout, Rule, torch_sources
+from magref_jax.convert.sources import SENTENCEPIECE
 from magref_jax.convert.tensor_files import write_safetensors
 
 To = Literal["wan", "diffusers", "comfy"]
@@ -36,6 +37,7 @@ class Target:
     stem: str  # path below OUT without suffix; {name} is the name of the model folder
     max_bytes: float = math.inf  # of one file, above which it is cut into several with an index
     prefix: str = ""
+    sentencepiece: str = ""  # the tensor that holds the bytes of spiece.model
 
 
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
@@ -55,7 +57,7 @@ TARGETS: dict[To, dict[str, Target]] = {
     "comfy": {
         "dit": Target("wan", "diffusion_models/{name}"),
         "vae": Target("wan", "vae/{name}_vae"),
-        "text_encoder": Target("hf", "text_encoders/{name}_umt5"),
+        "text_encoder": Target("hf", "text_encoders/{name}_umt5", sentencepiece=SENTENCEPIECE),
         "image_encoder": Target("hf", "clip_vision/{name}_clip_vision", prefix="vision_model."),
     },
 }
@@ -70,6 +72,7 @@ def export(
     only: tuple[str, ...] = (),
     verify: bool = True,
     progress: Callable[[int], object] = lambda count: None,
+    say: Callable[[str], object] = print,
 ) -> list[pathlib.Path]:
     """Writes the networks of a model folder under another layout's names, in the dtypes they are stored in.
 
@@ -77,24 +80,29 @@ def export(
 
     Raises:
         FileExistsError: OUT is there already.
-        ValueError: the model folder is damaged, or lacks one of `only`.
+        ValueError: the model folder is damaged, or lacks one of `only`; or OUT cannot be written.
     """
     if out.exists():
         raise FileExistsError(f"OUT {out} exists already; give another name.")
+    check_place(out, exported_bytes(folder, only))
     verify_manifest(folder, contents=verify)
     config = load_model_config(folder)
     names = _networks(folder, only)
     partial = out.absolute().with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in names:
-        _export_network(folder / name, name, config, to, partial, out.name, progress)
-    tokenizer = TOKENIZERS[to]
-    if tokenizer is not None and (folder / "tokenizer").is_dir():
-        shutil.copytree(folder / "tokenizer", partial / tokenizer)
-    if to == "diffusers":
-        _write_pipeline(config, names, partial)
-    partial.rename(out)
+    try:
+        for name in names:
+            _export_network(folder, name, config, to, partial, out.name, progress, say)
+        tokenizer = TOKENIZERS[to]
+        if tokenizer is not None and (folder / "tokenizer").is_dir():
+            shutil.copytree(folder / "tokenizer", partial / tokenizer, ignore=shutil.ignore_patterns(".*"))
+        if to == "diffusers":
+            _write_pipeline(config, names, partial)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
 
 
@@ -112,16 +120,17 @@ def _networks(folder: pathlib.Path, only: tuple[str, ...]) -> list[str]:
 
 
 def _export_network(
-    folder: pathlib.Path,
+    model: pathlib.Path,
     name: str,
     config: ModelConfig,
     to: To,
     out: pathlib.Path,
     model_name: str,
     progress: Callable[[int], object],
+    say: Callable[[str], object],
 ) -> None:
     target = TARGETS[to][name]
-    stores = open_params(folder)
+    stores = open_params(model / name)
     network_config = getattr(config, name)
     sources = torch_sources(RULES[name](network_config, target.layout), stores)
     unused: dict[str, tuple[int, ...]] = {}
@@ -134,6 +143,14 @@ def _export_network(
         target.prefix + key: (stores[source.rule.flax_paths[0]].dtype.numpy_dtype, source.shape)
         for key, source in sources.items()
     } | {target.prefix + key: (zeros_dtype, shape) for key, shape in unused.items()}
+    extra: dict[str, np.ndarray] = {}
+    if target.sentencepiece:
+        file = model / "tokenizer" / SPIECE
+        if file.is_file():
+            extra[target.sentencepiece] = np.fromfile(file, np.uint8)
+        else:
+            say(f"{file} does not exist: ComfyUI will not turn prompts into tokens with this text encoder alone.")
+    specs |= {key: (array.dtype, array.shape) for key, array in extra.items()}
 
     # Of one rule at a time: its layers follow each other, and a stacked parameter of 14B has gigabytes.
     @functools.lru_cache(maxsize=1)
@@ -150,6 +167,8 @@ def _export_network(
         return [array[layer] for array in whole(paths)]
 
     def read(key: str) -> np.ndarray:
+        if key in extra:
+            return extra[key]
         key = key.removeprefix(target.prefix)
         if key in unused:
             return np.zeros(unused[key], zeros_dtype)

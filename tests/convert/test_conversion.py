@@ -1,8 +1,12 @@
 """The converter from end to end: every layout in, every layout out, bit for bit; what a user may do wrong or interrupt."""
 
+import errno
 import functools
+import itertools
 import json
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -260,8 +264,10 @@ def test_resume_keeps_what_is_finished_and_ends_with_the_same_bytes(sources, tmp
             assert (partial / "dit").is_dir()
             run(source, out, *resume)
         else:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit) as stopped:
                 run(source, out, *resume)
+            assert stopped.value.code == 130
+            assert f"{partial} keeps what is finished; --resume goes on with it" in capsys.readouterr().out
         if resume:
             assert len(done) > 5
             assert not done & set(seen)
@@ -304,6 +310,9 @@ def test_too_little_space_is_told_before_writing(sources, tmp_path, capsys, monk
         (["{source}/google", "out"], "holds no weights; expected safetensors"),
         (["{source}", "{source}"], "is no model folder; give another name"),
         (["{source}", "out", "--to", "wan"], "must be a model folder or the file of a LoRA"),
+        (["gs://bucket/weights", "out"], "SOURCE gs://bucket/weights: gs:// cannot be read or written"),
+        (["{source}", "gs://bucket/model"], "OUT gs:/bucket/model: gs:// cannot be read or written"),
+        (["{source}", "{source}/config.json/model"], "config.json is a file, not a folder"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_costs_nothing(words, message, sources, tmp_path, capsys, monkeypatch):
@@ -324,6 +333,87 @@ def test_repositories_of_the_hub_are_pinned_and_bring_no_code(sources, tmp_path,
     run(f"owner/name@{commit}", tmp_path / "model", "--only", "vae")
     assert asked["owner/name"]["revision"] == commit
     assert not any(pattern.endswith((".py", "*")) for pattern in asked["owner/name"]["allow_patterns"])
+
+
+def test_the_tokenizer_goes_both_ways_inside_the_text_encoder_of_comfyui(tmp_path, capsys):
+    """Its loader makes its tokenizer of a tensor of bytes in that file."""
+    pieces = bytes(range(256)) * 3
+    content = torch_folders.tensors("text_encoder", "hf")
+    content["spiece_model"] = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)
+    safetensors.torch.save_file(content, tmp_path / "umt5.safetensors")
+    run(tmp_path / "umt5.safetensors", tmp_path / "model")
+    assert "tokenizer: spiece.model among the tensors of the text encoder" in capsys.readouterr().out
+    assert (tmp_path / "model" / "tokenizer" / "spiece.model").read_bytes() == pieces
+    run(tmp_path / "model", tmp_path / "back", "--to", "comfy")
+    back = safetensors.torch.load_file(tmp_path / "back" / "text_encoders" / "back_umt5.safetensors")
+    assert back["spiece_model"].dtype == torch.uint8
+    assert back["spiece_model"].numpy().tobytes() == pieces
+    assert torch.equal(
+        back["encoder.block.1.layer.1.DenseReluDense.wo.weight"],
+        content["encoder.block.1.layer.1.DenseReluDense.wo.weight"],
+    )
+
+    # The tokenizer of a source is kept as it is, and that of OUT is, too.
+    (tmp_path / "source" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "umt5.safetensors").rename(tmp_path / "source" / "umt5.safetensors")
+    (tmp_path / "source" / "tokenizer" / "spiece.model").write_bytes(b"its own")
+    (tmp_path / "source" / "tokenizer" / "tokenizer.json").write_text("{}")
+    run(tmp_path / "source", tmp_path / "whole")
+    assert contents(tmp_path / "whole" / "tokenizer") == {"spiece.model": b"its own", "tokenizer.json": b"{}"}
+    safetensors.torch.save_file(torch_folders.tensors("vae", "wan"), tmp_path / "vae.safetensors")
+    (tmp_path / "vae" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "vae.safetensors").rename(tmp_path / "vae" / "vae.safetensors")
+    (tmp_path / "vae" / "tokenizer" / "tokenizer.json").write_text("{}")
+    run(tmp_path / "vae", tmp_path / "steps")
+    (tmp_path / "source" / "umt5.safetensors").rename(tmp_path / "umt5.safetensors")
+    run(tmp_path / "umt5.safetensors", tmp_path / "steps")
+    assert contents(tmp_path / "steps" / "tokenizer") == {"spiece.model": pieces, "tokenizer.json": b"{}"}
+    capsys.readouterr()
+    run(tmp_path / "vae", tmp_path / "without")
+    plain = torch_folders.tensors("text_encoder", "hf")
+    safetensors.torch.save_file(plain, tmp_path / "plain.safetensors")
+    run(tmp_path / "plain.safetensors", tmp_path / "without")
+    run(tmp_path / "without", tmp_path / "other", "--to", "comfy")
+    assert "spiece.model does not exist: ComfyUI will not turn prompts into tokens" in capsys.readouterr().out
+    assert set(safetensors.torch.load_file(tmp_path / "other" / "text_encoders" / "other_umt5.safetensors")) == set(
+        plain
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_an_export_that_stops_leaves_nothing(error, sources, tmp_path, capsys, monkeypatch):
+    run(sources["comfy"][0], tmp_path / "model", "--only", "vae,text_encoder")
+
+    def stop(*arguments):
+        raise error
+
+    monkeypatch.setattr(convert_torch_weights.export, "torch_sources", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "model", tmp_path / "back", "--to", "wan")
+    assert stopped.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert "Traceback" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_fills_up_is_told_and_the_rest_goes_on(sources, tmp_path, capsys, monkeypatch):
+    write, count = checkpoint.ParamsWriter.write, itertools.count()
+
+    def fill(writer, *arguments):
+        if next(count) == 30:
+            # As tensorstore says it.
+            raise ValueError(
+                "RESOURCE_EXHAUSTED: Error writing \"a/0.0\" [source locations='...'] No space left on device"
+            )
+        write(writer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ParamsWriter, "write", fill)
+        error = fails(capsys, sources["comfy"][0], tmp_path / "model", "--only", "vae")
+    assert re.search(r"convert_torch_weights.py: .*vae: \S+ could not be written: No space left on device\.\n$", error)
+    assert not (tmp_path / "model").exists()
+    run(sources["comfy"][0], tmp_path / "model", "--only", "vae", "--resume")
+    run(sources["comfy"][0], tmp_path / "whole", "--only", "vae")
+    assert contents(tmp_path / "model") == contents(tmp_path / "whole")
 
 
 def test_values_that_are_no_numbers_are_named(sources, tmp_path, capsys):
