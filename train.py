@@ -143,7 +143,7 @@ def train(config: TrainConfig, out: pathlib.Path, mesh: Mesh | None = None) -> T
                     host = next(job.batches)
                     batch, work = job.prepare(host), job.work(host)
             with monitor.time("step"):
-                noise = jnp.asarray(0 if job.overfit else step - 1)
+                noise = jnp.asarray(0 if job.overfit else step - 1, jnp.int32)
                 state, metrics = step_fn(state, job.frozen, batch, noise)
             monitor.log(step, metrics, work)
 

@@ -101,24 +101,26 @@ def init_params(config: ModelConfig, key: jax.Array, only: Collection[str] = NET
     """Random parameters of every network of the config. Call it inside `jax.jit`."""
     cfg, image = config.dit, config.image_encoder
     rows, columns = cfg.patch_size[1:]
-    latents = jnp.zeros((1, cfg.patch_size[0], rows, columns, cfg.in_channels))
-    text_embeddings = jnp.zeros((1, cfg.text_len, cfg.text_dim))
-    image_embeddings = None if cfg.image_dim is None else jnp.zeros((1, 1, cfg.image_dim))
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    latents = zeros((1, cfg.patch_size[0], rows, columns, cfg.in_channels))
+    text_embeddings = zeros((1, cfg.text_len, cfg.text_dim))
+    image_embeddings = None if cfg.image_dim is None else zeros((1, 1, cfg.image_dim))
     tokens = jnp.zeros((1, 2), jnp.int32)
     size = 2 * config.vae.spatial_stride
-    frames = jnp.zeros((1, 1 + config.vae.temporal_stride, size, size, 3))
-    noise = jnp.zeros((1, 2, 2, 2, config.vae.latent_channels))
+    frames = zeros((1, 1 + config.vae.temporal_stride, size, size, 3))
+    noise = zeros((1, 2, 2, 2, config.vae.latent_channels))
     networks: dict[str, tuple[nn.Module, tuple[Array | None, ...]]] = {
-        "dit": (DiT(cfg), (latents, jnp.zeros((1,)), text_embeddings, image_embeddings)),
+        "dit": (DiT(cfg), (latents, zeros((1,)), text_embeddings, image_embeddings)),
         "vae": (vae.VAE(config.vae), (frames, noise)),
         "text_encoder": (TextEncoder(config.text_encoder), (tokens, tokens)),
     }
     if image is not None:
-        networks["image_encoder"] = ImageEncoder(image), (jnp.zeros((1, image.image_size, image.image_size, 3)),)
+        networks["image_encoder"] = ImageEncoder(image), (zeros((1, image.image_size, image.image_size, 3)),)
     keys = dict(zip(NETWORKS, jax.random.split(key, len(NETWORKS)), strict=True))
-    return {
+    params = {
         name: module.init(keys[name], *inputs)["params"] for name, (module, inputs) in networks.items() if name in only
     }
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also of layers that leave the dtype to JAX
 
 
 def encoders(config: ModelConfig, params: dict[str, Params]) -> Encoders:
@@ -559,7 +561,7 @@ def prepare(config: ModelConfig, tokenizer: Any, request: Request) -> Case:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _normal(key: Array, shape: tuple[int, ...]) -> Float32[Array, "f h w C"]:
-    return jax.random.normal(key, shape)
+    return jax.random.normal(key, shape, jnp.float32)
 
 
 def draw_noise(config: ModelConfig, request: Request) -> Float32[np.ndarray, "f h w C"]:

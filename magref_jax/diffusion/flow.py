@@ -150,9 +150,9 @@ def sample_sigmas(
         ValueError: the distribution is unknown.
     """
     if distribution == "uniform":
-        sigmas = jax.random.uniform(key, shape)
+        sigmas = jax.random.uniform(key, shape, jnp.float32)
     elif distribution == "logit_normal":
-        sigmas = jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+        sigmas = jax.nn.sigmoid(mean + std * jax.random.normal(key, shape, jnp.float32))
     else:
         raise ValueError(f"distribution={distribution!r} is unknown; choose from uniform, logit_normal.")
     return shift_sigmas(sigmas, flow_shift)
@@ -174,7 +174,7 @@ def loss_weight(
         raise ValueError(f"weighting={weighting!r} is unknown; choose from none, bsmntw.")
 
     def bell(levels):
-        return jnp.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)
+        return jnp.exp(jnp.asarray(-2 * (levels - 0.5) ** 2, jnp.float32)) - math.exp(-0.5)
 
     # Normalised over the fixed training grid: a batch's own mean would be 0/0 for a batch of one.
     grid = shift_sigmas(np.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1)[:-1], flow_shift)

@@ -60,8 +60,9 @@ def init_lora(config: DiTConfig, lora: LoraConfig, key: Key[Array, ""]) -> dict[
     for module, subkey in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
         *layers, inputs, outputs = kernels[module]
         limit = inputs**-0.5
-        flat[f"{module}/a"] = jax.random.uniform(subkey, (*layers, inputs, lora.rank), minval=-limit, maxval=limit)
-        flat[f"{module}/b"] = jnp.zeros((*layers, lora.rank, outputs))
+        shape = *layers, inputs, lora.rank
+        flat[f"{module}/a"] = jax.random.uniform(subkey, shape, jnp.float32, minval=-limit, maxval=limit)
+        flat[f"{module}/b"] = jnp.zeros((*layers, lora.rank, outputs), jnp.float32)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -428,4 +428,5 @@ def dot_product_attention(
             f"only {', '.join(sorted(chosen.structures))}."
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if bias is None else bias.astype(jnp.float32)  # as the logits that it is added to
     return checkpoint_name(chosen.function(query, key, value, bias, scale), ATTENTION_OUT)

@@ -402,7 +402,9 @@ class DiT(nn.Module):
         )
         frames = None
         if timesteps.ndim == 2 and _tokens_are_cut():
-            frames = constrain(_pad_tokens(jnp.repeat(jnp.arange(grid[0]), grid[1] * grid[2]), 0), "tokens")
+            frames = constrain(
+                _pad_tokens(jnp.repeat(jnp.arange(grid[0], dtype=jnp.int32), grid[1] * grid[2]), 0), "tokens"
+            )
         tokens = VideoTokens((cos, sin), math.prod(grid), frames)
 
         time = timestep_embedding(timesteps.reshape(timesteps.shape[0], -1), cfg.freq_dim)

@@ -19,8 +19,8 @@ from magref_jax.config import ImageEncoderConfig
 from magref_jax.models.layers import REMAT, LayerNorm
 
 # Per-channel statistics of CLIP's training images, in [0, 1].
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 
 @functools.lru_cache
@@ -134,8 +134,9 @@ class ImageEncoder(nn.Module):
         x = rearrange(patch_embedding(pixels), "b h w d -> b (h w) d")
 
         init = nn.initializers.normal(cfg.dim**-0.5)
-        class_embedding = self.param("class_embedding", init, (cfg.dim,)).astype(cfg.dtype)
-        position_embedding = self.param("position_embedding", init, (cfg.num_tokens, cfg.dim)).astype(cfg.dtype)
+        class_embedding = self.param("class_embedding", init, (cfg.dim,), jnp.float32).astype(cfg.dtype)
+        position_embedding = self.param("position_embedding", init, (cfg.num_tokens, cfg.dim), jnp.float32)
+        position_embedding = position_embedding.astype(cfg.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_embedding, (len(x), 1, cfg.dim)), x], axis=1)
         # The norm returns float32, and so the sum over layers stays float32.
         x = LayerNorm(cfg.norm_eps, name="input_norm")(x + position_embedding)

@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         key = heads("key", cfg.dim**-0.5)
         value = heads("value", cfg.dim**-0.5)
 
-        table = self.param("relative_bias", _relative_bias_init(cfg), (cfg.num_buckets, cfg.num_heads))
+        table = self.param("relative_bias", _relative_bias_init(cfg), (cfg.num_buckets, cfg.num_heads), jnp.float32)
         buckets = relative_buckets(x.shape[1], cfg.num_buckets, cfg.max_distance)
         bias = rearrange(table.astype(jnp.float32)[buckets], "q k n -> 1 n q k")
 
@@ -122,7 +122,7 @@ class TextEncoder(nn.Module):
                 f"token_ids and attention_mask have shapes {token_ids.shape} and {attention_mask.shape}; "
                 "both must be the same [batch, tokens]."
             )
-        table = self.param("token_embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.dim))
+        table = self.param("token_embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.dim), jnp.float32)
         # The sum over layers stays float32, as in the DiT: it costs nothing at this length and saves 48 roundings.
         x = jnp.take(table, token_ids, axis=0).astype(jnp.float32)
         mask = rearrange(attention_mask.astype(bool), "b t -> b 1 1 t")

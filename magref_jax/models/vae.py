@@ -28,7 +28,7 @@ from magref_jax.sharding import constrain
 Cache = Any  # a nested dict of the last frames each temporal layer has seen
 Finish = Callable[[Array], Any]  # of frames [B F H W 3] in [-1, 1], to arrays [B F ...]: to bytes, for example
 
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", dtype=jnp.float32)
 
 
 def _wide(dtype: Any) -> Any:
@@ -118,8 +118,8 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"], past: Array | None = None) -> tuple[Array, Array]:
-        kernel = self.param("kernel", _causal_init, (*self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", _causal_init, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = CONVOLUTIONS[self.config.convolution](x, past, kernel.astype(x.dtype)) + bias.astype(x.dtype)
         keep = self.kernel_size[0] - 1
         missing = keep - x.shape[1]
@@ -140,8 +140,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W D"]:
         size = self.kernel_size
-        kernel = self.param("kernel", _KERNEL_INIT, (size, size, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", _KERNEL_INIT, (size, size, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return _conv2d(x, kernel.astype(x.dtype), 1, [(size // 2, size // 2)] * 2) + bias.astype(x.dtype)
 
 
@@ -151,7 +151,7 @@ class ChannelNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         wide = x.astype(_wide(x.dtype))
         # The floor sits inside the root so that the gradient at x = 0 is finite.
         inverse = lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(wide), -1, keepdims=True), 1e-24))
@@ -209,8 +209,8 @@ class Downsample(nn.Module):
         x = _cut(_conv2d(_cut(x, stride=2), kernel.astype(x.dtype), 2, [(0, 1), (0, 1)]) + bias.astype(x.dtype))
         if not self.temporal:
             return x, None
-        kernel = self.param("time_kernel", _KERNEL_INIT, (3, channels, channels)).astype(x.dtype)
-        bias = self.param("time_bias", nn.initializers.zeros, (channels,)).astype(x.dtype)
+        kernel = self.param("time_kernel", _KERNEL_INIT, (3, channels, channels), jnp.float32).astype(x.dtype)
+        bias = self.param("time_bias", nn.initializers.zeros, (channels,), jnp.float32).astype(x.dtype)
         frames = x if past is None else jnp.concatenate([past, x], 1)
         steps = (frames.shape[1] - 1) // 2
         y = sum(frames[:, tap : tap + 2 * steps : 2] @ kernel[tap] for tap in range(3)) + bias
@@ -332,11 +332,18 @@ class VAE(nn.Module):
 
 def normalise(config: VAEConfig, mean: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
     """The latents that the DiT works on: (mean − μ) / σ per channel."""
-    return (mean - jnp.asarray(config.latent_mean)) / jnp.asarray(config.latent_std)
+    shift, scale = _statistics(config, mean.dtype)
+    return (mean - shift) / scale
 
 
 def denormalise(config: VAEConfig, latents: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
-    return latents * jnp.asarray(config.latent_std) + jnp.asarray(config.latent_mean)
+    mean, std = _statistics(config, latents.dtype)
+    return latents * std + mean
+
+
+def _statistics(config: VAEConfig, dtype: Any) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    """Mean and standard deviation of every channel."""
+    return jnp.asarray(config.latent_mean, _wide(dtype)), jnp.asarray(config.latent_std, _wide(dtype))
 
 
 def encode(config: VAEConfig, params: Any, frames: Float[Array, "B F H W 3"]) -> Float[Array, "B f h w C"]:

@@ -171,6 +171,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.seed) is not int:
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to {MAX_SEED}.")
         for name, lowest in (("num_steps", 1), ("accumulation_steps", 1), ("max_skipped", 0), ("seed", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)} must be {lowest} or more.")

@@ -130,7 +130,7 @@ class _Run:
         batch = place(self.mesh, {name: value for name, value in host.items() if name != "frame_positions"})
         if "frames" in batch:
             batch = {**self.encode(self.encoders, batch), "subject_cells": batch["subject_cells"]}
-            chosen = jnp.array(positions)
+            chosen = jnp.array(positions, jnp.int32)
             batch |= {name: batch[name][:, chosen] for name in ("clean_latents", "reference_latents") if name in batch}
         return as_batch(batch, positions)
 
@@ -148,7 +148,7 @@ class _Run:
             size = len(batch.clean_latents)
             keys = jax.random.split(jax.random.key(self.seed), size)
             with on_mesh(self.mesh):
-                sigmas = jnp.full(size, sigma)
+                sigmas = jnp.full(size, sigma, jnp.float32)
                 sums = velocity_error(self.in_training, self.task.objective, dit, lora, batch, sigmas, keys)
             return sums["loss_video"]
 

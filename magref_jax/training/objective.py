@@ -90,7 +90,7 @@ def velocity_error(
 ) -> Sums:
     """The sums of `flow_matching` at given noise levels, with nothing dropped."""
     clean = batch.clean_latents.astype(jnp.float32)
-    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(noise_keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], jnp.float32))(noise_keys)
     velocity = velocity_fn(config, params, batch.conditioning, batch.frame_positions, lora=lora)(
         flow.interpolate(clean, noise, sigmas), flow.to_timesteps(sigmas)
     )
@@ -113,7 +113,7 @@ def reconstruction(
     batch, length, height, width, _ = frames.shape
     stride = config.spatial_stride
     shape = (config.num_latent_frames(length), height // stride, width // stride, config.latent_channels)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
     output, mean, log_variance = vae.VAE(config).apply({"params": params}, frames, noise)
     count = jnp.asarray(batch, jnp.float32)
 
