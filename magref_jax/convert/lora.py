@@ -27,11 +27,13 @@ from jaxtyping import Array, Float, Shaped, UInt
 from magref_jax.command import check_local
 from magref_jax.config import DiTConfig
 from magref_jax.convert.dit import dit_rules
+from magref_jax.convert.naming import DIT_PREFIXES, without_wrappers
 from magref_jax.convert.rules import LINEAR, Layout, Rule, Transform, flatten, torch_shapes
 from magref_jax.convert.tensor_files import (
+    TORCH_SUFFIXES,
     StoredTensor,
     check_pth,
-    read_pth,
+    read_pth_levels,
     read_safetensors,
     safetensors_metadata,
     write_safetensors,
@@ -43,20 +45,15 @@ from magref_jax.models.adapters import LoraConfig
 Family = Literal["kohya", "peft", "original"]
 FindAlpha = Callable[[str, int], tuple[float | None, str]]  # of a key and its rank: alpha and where it is from
 
-PREFIXES = (
+PREFIXES = (  # besides those of whole models
     "lora_unet__",  # VideoX-Fun
     "lora_unet_",  # kohya, musubi-tuner
     "lora_transformer_",  # OneTrainer
     "lycoris_",
-    "diffusion_model.",  # ComfyUI, diffusion-pipe, lightx2v
-    "transformer.",  # diffusers
     "base_model.",  # PEFT
-    "pipe.",  # DiffSynth
-    "dit.",
-    "model.",
-    "module.",  # torch's data parallelism
-    "_orig_mod.",  # torch.compile
+    "_orig_mod_",  # torch.compile, where dots are underscores
     "orig_mod_",
+    *(f"{prefix}." for prefix in sorted(DIT_PREFIXES)),
 )
 
 # How a key ends, what that tensor is, and of which of the module's parameters.
@@ -95,7 +92,6 @@ KOHYA_ALPHA = "ss_network_alpha"
 ADAPTER_CONFIG = "adapter_config.json"  # where PEFT keeps alpha
 PEFT_STEM = "adapter_model"
 FOLDER_FILES = (f"{PEFT_STEM}.safetensors", f"{PEFT_STEM}.bin", "pytorch_lora_weights.safetensors")
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Fields of PEFT's config that mean more than alpha / rank · up @ down, unless they are empty.
 OTHER_METHODS = {
     "use_dora": "DoRA",
@@ -280,17 +276,34 @@ def read_lora(path: str | pathlib.Path, config: DiTConfig, abstract_params: Any)
     path = lora_file(path)
     metadata: Mapping[str, str] = {}
     if path.suffix in TORCH_SUFFIXES:
-        tensors = read_pth(path)
-        check_pth(path)
+        tensors = _read_torch(path)
     else:
         tensors, metadata = read_safetensors(path), safetensors_metadata(path)
     try:
+        plain, _ = without_wrappers(tensors)
+        tensors = {plain[key]: tensor for key, tensor in tensors.items()}
         find_alpha = _find_alpha(path, metadata)
         deltas, unmatched, skipped = _find_deltas(tensors, find_alpha, config, abstract_params)
     except ValueError as error:
         raise ValueError(f"LoRA {path}: {error}") from None
     matched = len(tensors) - len(unmatched) - len(skipped)
     return Lora(path.name, config, tuple(deltas), matched, tuple(unmatched), tuple(skipped))
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The dictionary of a torch file that holds a LoRA; the others hold what a trainer needs to go on."""
+    levels = read_pth_levels(path, numbers=True)
+    check_pth(path)
+    found = [
+        level
+        for level, keys in sorted(levels.items())
+        if any(pattern.fullmatch(key) for key in keys for pattern, _, _ in ROLES)
+    ]
+    if len(levels) == 1 or not found:
+        return next(iter(levels.values()))
+    if len(found) > 1:
+        raise ValueError(f"LoRA {path} holds several, under {_listed(found)}; save the one that is meant by itself.")
+    return levels[found[0]]
 
 
 def _find_deltas(

@@ -28,13 +28,15 @@ SIGNATURES: tuple[tuple[str, Layout, str], ...] = (
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 _WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 # Before a name, any number of them one after another.
-PREFIXES = frozenset(
+DIT_PREFIXES = frozenset(
     {"module", "model", "net", "network", "pipe", "pipeline"}  # around any network
     | {"dit", "transformer", "diffusion_model", "denoiser", "unet", "generator", "student"}
-    | {"vae", "first_stage_model"}
+    | {"state_dict", "model_state_dict", "params", "weights"}  # dictionaries of a checkpoint
+)
+PREFIXES = DIT_PREFIXES | (
+    {"vae", "first_stage_model"}
     | {"text_encoder", "text_encoders", "cond_stage_model"}
     | {"image_encoder", "clip_vision", "vision_model"}
-    | {"state_dict", "model_state_dict", "params", "weights"}  # dictionaries of a checkpoint
 )
 _NAMED = ("text_encoders",)  # whose next part is a name of choice, such as umt5xxl
 _AVERAGE = re.compile(r"(.*_)?ema(_.*)?")  # of an exponential moving average, which is taken before anything else

@@ -79,6 +79,16 @@ class StoredTensor:
         return values.copy(order="C").view(self.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredNumber(StoredTensor):
+    """A number that a torch checkpoint holds as such, read as a tensor of no axes."""
+
+    value: float = 0.0
+
+    def read(self) -> np.ndarray:
+        return np.asarray(self.value, self.dtype)
+
+
 def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name and still unread.
 
@@ -197,8 +207,8 @@ def read_pth(path: pathlib.Path) -> dict[str, StoredTensor]:
     return _named_tensors(path, content, records)
 
 
-def read_pth_levels(path: pathlib.Path) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of a torch checkpoint, by the dictionary that they lie in.
+def read_pth_levels(path: pathlib.Path, numbers: bool = False) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of a torch checkpoint, by the dictionary that they lie in; with `numbers` plain numbers are tensors too.
 
     "" is the outermost dictionary, "a.b" the one at ["a"]["b"].
     What is no tensor is an error where there is but one dictionary, and left out beside others, as the step is that a
@@ -213,12 +223,12 @@ def read_pth_levels(path: pathlib.Path) -> dict[str, dict[str, StoredTensor]]:
     plain = {
         level: tensors
         for level, values in levels.items()
-        if (tensors := {name: value for name, value in values.items() if _is_named_tensor(name, value)})
+        if (tensors := {name: value for name, value in values.items() if _is_named_tensor(name, value, numbers)})
     }
     if not plain:
         raise ValueError(f"{path} holds a {type(content).__name__} without tensors; expected tensors by name.")
     return {
-        level: _named_tensors(path, values, records)
+        level: _named_tensors(path, values, records, numbers)
         for level, values in (levels if len(levels) == 1 else plain).items()
     }
 
@@ -239,8 +249,8 @@ def _holds_tensors(value: Any) -> bool:
     )
 
 
-def _is_named_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and hasattr(value, "untyped_storage")
+def _is_named_tensor(name: Any, value: Any, numbers: bool = False) -> bool:
+    return isinstance(name, str) and (hasattr(value, "untyped_storage") or (numbers and type(value) in (int, float)))
 
 
 def _load_pth(path: pathlib.Path) -> tuple[Any, dict[int, int]]:
@@ -265,14 +275,19 @@ def _load_pth(path: pathlib.Path) -> tuple[Any, dict[int, int]]:
         ) from None
 
 
-def _named_tensors(path: pathlib.Path, content: Any, records: dict[int, int]) -> dict[str, StoredTensor]:
+def _named_tensors(
+    path: pathlib.Path, content: Any, records: dict[int, int], numbers: bool = False
+) -> dict[str, StoredTensor]:
     torch = import_torch(path)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}; expected tensors by name.")
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, value in content.items():
         if not isinstance(name, str):
             raise ValueError(f"{path}: {name!r} is a {type(name).__name__}; expected the name of a tensor.")
+        if numbers and type(value) in (int, float):
+            tensors[name] = StoredNumber(name, path, np.dtype(np.float32), (), 0, value=float(value))
+            continue
         if not torch.is_tensor(value):
             raise ValueError(f"{path}: {name!r} is a {type(value).__name__}; expected a tensor.")
         # A negated view has its sign in a flag, not in the file.

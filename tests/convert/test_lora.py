@@ -186,6 +186,7 @@ def test_each_spelling_of_a_name_means_one_parameter():
         "module._orig_mod.blocks.1.cross_attn.o",
         "base_model.model._orig_mod.blocks.1.cross_attn.o",
         "lora_unet__orig_mod_blocks_1_cross_attn_o",
+        "_fsdp_wrapped_module.blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module.cross_attn.o",
         "lora_transformer_blocks_1_attn2_to_out_0",
     ],
 )
@@ -716,7 +717,7 @@ PROMPT = ["--prompt", "the red apple rises", "--lora"]
 def test_sample_hands_loras_and_strengths_on_and_says_what_matched(model_folder, files, capsys, monkeypatch):  # noqa: F811
     given = []
 
-    def load(folder, mesh, loras):
+    def load(folder, mesh, loras, **options):
         given.extend(loras)
         raise ValueError("enough")
 

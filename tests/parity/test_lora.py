@@ -263,6 +263,22 @@ def test_an_adapter_of_peft_merges_as_torch_does(tmp_path, suffix):
     check(merged((lora, 1.0)), torch_merge((expected, 1.0)))
 
 
+@pytest.mark.parametrize("layers", [(), ("state_dict",), ("model", "lora")])
+def test_a_number_is_an_alpha_too_and_what_lies_beside_the_dictionary_is_left_out(tmp_path, layers):
+    pairs, _ = make_lora(seed=8)
+    content: Any = spell(pairs, {}, "", ("lora_A", "lora_B"))
+    content |= {f"{name.partition('.lora_')[0]}.alpha": 2.0 for name in content}
+    for layer in layers:
+        content = {layer: content, "step": 7, "optimizer": {"state": {0: torch.ones(3)}, "lr": 0.1}}
+    torch.save(content, tmp_path / "a.pt")
+    lora = read_lora(tmp_path / "a.pt", CONFIG, abstract_params())
+    check(merged((lora, 1.0)), torch_merge((torch_delta(pairs, {}, 2.0 / RANK), 1.0)))
+    if layers:
+        torch.save(content | {"ema": content[layers[-1]]}, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=r"holds several, under ema.*; save the one that is meant by itself"):
+            read_lora(tmp_path / "b.pt", CONFIG, abstract_params())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
 def test_values_of_other_dtypes_mean_what_torch_reads_in_them(tmp_path, dtype):
     pairs, whole = ({name: tensor.to(dtype) for name, tensor in part.items()} for part in make_lora(seed=6))
