@@ -52,6 +52,17 @@ def default_scale(height: int, width: int) -> int:
     return math.ceil(MIN_SHORT_SIDE / min(height, width))
 
 
+def frame_rate(fps: float) -> fractions.Fraction:
+    """The rate that a file of `fps` frames per second has; a film at 24000/1001 keeps that.
+
+    Raises:
+        ValueError: a rate that files do not hold.
+    """
+    if not 0.001 <= fps <= 1e6:
+        raise ValueError(f"fps={fps} must be 0.001 to 1000000.")
+    return fractions.Fraction(fps).limit_denominator(1001)
+
+
 def write_video(
     path: str | os.PathLike[str],
     frames: UInt8[np.ndarray, "F H W 3"],
@@ -74,7 +85,7 @@ def write_video(
         scale: Whole factor by which pixels are repeated; `default_scale` if not given.
 
     Raises:
-        ValueError: Frames that are not uint8 [F H W 3], an odd height or width, or an fps or scale that is not positive.
+        ValueError: Frames that are not uint8 [F H W 3], an odd height or width, or an fps or scale out of range.
     """
     with replacing(pathlib.Path(path)) as part:
         encode_video(part, frames, fps, metadata, parameters=parameters, scale=scale)
@@ -92,8 +103,7 @@ def encode_video(
     """`write_video` for a path inside `files.replacing`: what a failure leaves there is not a video."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 [F H W 3] with at least one frame, not {frames.dtype} {frames.shape}.")
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be positive.")
+    rate = frame_rate(fps)
     if scale is None:
         scale = default_scale(*frames.shape[1:3])
     if scale < 1:
@@ -112,7 +122,6 @@ def encode_video(
     options = {"movflags": "faststart+use_metadata_tags"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         container.metadata.update(tags)
-        rate = fractions.Fraction(fps).limit_denominator(1001)  # a film at 24000/1001 keeps that
         stream = container.add_stream("libx264", rate=rate, options=X264)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.colorspace = Colorspace.ITU709

@@ -1,6 +1,7 @@
 """Video files read back through PyAV, bytes against the reference's golden values, and the layout of contact sheets."""
 
 import json
+import re
 
 import av
 import jax.numpy as jnp
@@ -100,6 +101,30 @@ def test_a_file_without_our_metadata(tmp_path, clip):
     assert set(tags(tmp_path / "clip.mp4")) == {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "caf\udce9.png",  # a file name that is not UTF-8, as Python has it
+        "\ud800",
+        "a\0b\x01\x1b\u2028\ufeff\uffff",
+        "=;#\\\n[chapter]",
+        "ü" * 2**20,
+    ],
+)
+def test_metadata_come_back_whatever_they_hold(tmp_path, clip, text):
+    metadata = {text: [text, float("inf"), None], "狐": 2**80}
+    video.write_video(tmp_path / "clip.mp4", clip, 16, metadata, parameters=text, scale=1)
+    assert video.read_video(tmp_path / "clip.mp4").metadata == metadata
+    printable = re.sub("[\ud800-\udfff]", "?", text.replace("\0", " "))
+    assert tags(tmp_path / "clip.mp4")["parameters"] == printable
+
+
+@pytest.mark.parametrize("fps", [0.001, 0.5, 23.976, 30000 / 1001, 240, 999.9, 1e6])
+def test_rates_come_back(tmp_path, fps):
+    video.write_video(tmp_path / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps, scale=1)
+    assert video.read_video(tmp_path / "clip.mp4").fps == pytest.approx(fps, rel=1e-6)
+
+
 @pytest.mark.parametrize("newer", [False, True])
 def test_tags_that_are_no_text_do_not_matter_to_any_pyav(tmp_path, clip, monkeypatch, newer):
     video.write_video(tmp_path / "clip.mp4", clip, 16, {"a": "ABCDABCD"}, scale=1)
@@ -167,6 +192,9 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, clip, monkeypa
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "at least one frame"),
         (np.zeros((1, 481, 832, 3), np.uint8), {}, "832x481 .* even"),
         (np.zeros((1, 8, 8, 3), np.uint8), {"fps": 0}, "fps=0"),
+        (np.zeros((1, 8, 8, 3), np.uint8), {"fps": 1e-4}, "fps=0.0001 must be 0.001 to 1000000"),  # FFmpeg makes it 24
+        (np.zeros((1, 8, 8, 3), np.uint8), {"fps": 1e10}, "fps=1"),
+        (np.zeros((1, 8, 8, 3), np.uint8), {"fps": float("nan")}, "fps=nan"),
         (np.zeros((1, 8, 8, 3), np.uint8), {"scale": 0}, "scale=0"),
     ],
 )

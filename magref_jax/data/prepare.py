@@ -50,7 +50,7 @@ from magref_jax.data.records import (
     write_records,
 )
 from magref_jax.files import read_text, text_lines
-from magref_jax.video import decode, encode_video, open_video, to_rgb, upright, video_stream
+from magref_jax.video import decode, encode_video, frame_rate, open_video, to_rgb, upright, video_stream
 
 MAX_SKIPPED = 3  # clips that may be left out, however few there are; of many, 1 %
 MAX_VIDEO_BYTES = 2**36
@@ -410,8 +410,7 @@ def _check_cut(cut: Cut) -> None:
             raise ValueError(f"{name}={getattr(cut, name)} must be 1 or more.")
     if cut.store == "mp4" and (cut.height % 2 or cut.width % 2):
         raise ValueError(f"size={cut.height}x{cut.width} must have even sides with store=mp4; store=frames takes any.")
-    if not 0 < cut.fps < math.inf:
-        raise ValueError(f"fps={cut.fps} must be positive.")
+    frame_rate(cut.fps)
 
 
 def prepare(

@@ -491,7 +491,7 @@ def test_containers_codecs_and_odd_sizes(tmp_path, name, codec, pixels, size):
     )
     write_frames(tmp_path / name, frames, codec, pixels, rate=25, options=options)
     (frame,) = cut_clip(tmp_path / name, Cut(64, 96, 1, 25.0), start=0.04)
-    assert fields_of(frame, most=40 if pixels == "rgb8" else 6) == "ABCD"  # of 256 colours
+    assert fields_of(frame, most=64 if pixels == "rgb8" else 6) == "ABCD"  # 256 colours, mixed
 
 
 def test_one_frame_is_a_clip_of_one_frame(tmp_path):
@@ -752,8 +752,8 @@ def test_captions_are_cleaned_and_labels_found_in_them(tmp_path):
     [
         (["good.jsonl", "--size", "480"], "size='480' must be HEIGHTxWIDTH"),
         (["good.jsonl", "--size", "31x48"], "size=31x48 must have even sides with store=mp4"),
-        (["good.jsonl", "--fps", "0"], "fps=0.0 must be positive"),
-        (["good.jsonl", "--fps", "nan"], "fps=nan must be positive"),
+        (["good.jsonl", "--fps", "0"], "fps=0.0 must be 0.001 to 1000000"),
+        (["good.jsonl", "--fps", "nan"], "fps=nan must be 0.001 to 1000000"),
         (["good.jsonl", "--num-frames", "0"], "num_frames=0 must be 1 or more"),
         (["good.jsonl", "--shard-records", "0"], "shard_records=0 must be 1 or more"),
         (["good.jsonl", "--num-threads", "0"], "num_threads=0 must be 1 or more"),
