@@ -31,6 +31,7 @@ from PIL import Image
 
 from magref_jax import arguments
 from magref_jax.checkpoint import NETWORKS, Params, restore_model
+from magref_jax.command import check_devices
 from magref_jax.conditioning import canvas
 from magref_jax.conditioning.case import (
     Case,
@@ -359,6 +360,7 @@ def load(
         _lora_and_strength(i, pair) for i, pair in enumerate(arguments.list_of(loras, "loras", "(file, strength)"))
     ]
     config = with_dtype(load_model_config(folder), dtype)
+    check_devices()
     abstract = place_params(mesh, abstract_params(config))
     found = [
         (lora if isinstance(lora, Lora) else read_lora(lora, config.dit, abstract["dit"]), strength)

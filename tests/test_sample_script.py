@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -18,9 +19,10 @@ import numpy as np
 import pytest
 
 import sample
-from magref_jax import files, outputs, pipeline, prompts
-from magref_jax.config import DiTConfig, ModelConfig
+from magref_jax import batches, files, outputs, pipeline, prompts
+from magref_jax.config import DiTConfig, ModelConfig, SamplingConfig
 from magref_jax.data import emoji_examples
+from magref_jax.data.emoji_world import BACKGROUNDS, PLACES, EmojiWorldConfig
 from magref_jax.prompts import ALIASES, Checks
 from magref_jax.video import read_video
 from tests.tiny_model import CONFIG, picture, write_model
@@ -912,6 +914,31 @@ def test_unknown_words_are_noted_before_sampling_and_in_a_dry_run(model_folder, 
     with pytest.raises(SystemExit):
         make(model_folder, *words, "--out", "out")
     assert expected in capsys.readouterr().err
+
+
+def test_what_is_documented_is_in_words_that_the_bundled_model_knows(work):
+    """The README's places, motions and backgrounds, and every example prompt for the bundled model."""
+    root = ROOT.joinpath
+    pages = [root("README.md").read_text(encoding="utf-8"), sample.__doc__]
+    examples = [
+        prompt for page in pages for prompt in re.findall(r'^ *python sample.py --prompt "(.*?)"', page, re.MULTILINE)
+    ]
+    assert len(examples) >= 2
+    world = EmojiWorldConfig()
+    listed = {" ".join(words.split()) for words in re.findall(r"[^*]\*([^*]+)\*[^*]", pages[0])}
+    backgrounds = {f"{background.place} {name}" for name, background in BACKGROUNDS.items()}
+    assert {*PLACES, *world.motions, *backgrounds} <= listed
+    examples += [prompt for _, prompt, _ in emoji_examples.EXAMPLES]
+    arguments = sample.parser().parse_args([])
+    examples += re.findall(r"--prompt '(.*?)'", sample.what_next(None, arguments))
+    cases = [
+        prompts.Checked(prompts.Entry("", str(index), prompt), SamplingConfig(negative_prompt=""), (), ())
+        for index, prompt in enumerate([*examples, *listed])
+        if index < len(examples) or prompt.startswith(("at ", "on ", "in ", "over "))
+    ]
+    checks = Checks()
+    batches.check_words(pipeline.load_tokenizer(sample.BUNDLED / "emoji"), cases, "", checks)
+    assert checks.notes == []
 
 
 @pytest.mark.parametrize("option", sample.PATHS)
