@@ -658,7 +658,8 @@ _SEP_LINE = re.compile(r"\s*\"?sep=([^\w\s\"]|\t)\"?[,;\t]*\s*", re.IGNORECASE)
 
 def _csv_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
     lines = list(io.StringIO(text, newline=""))
-    first = next((index for index, line in enumerate(lines) if line.strip()), 0)
+    # Before the header nothing counts: rows that were emptied, comments.
+    first = next((index for index, line in enumerate(lines) if line.strip(' \t\r\n,;"') and line[0] != "#"), 0)
     # Excel has a line of its own for it, and takes it for a cell if the quotes say so.
     if lines and (match := _SEP_LINE.fullmatch(lines[first])):
         first, delimiter = first + 1, match[1]
@@ -695,9 +696,16 @@ def _csv_rows(path: pathlib.Path, text: str, checks: Checks) -> Iterator[Row]:
 
 def _names(header: Sequence[str], delimiter: str) -> set[str | None]:
     try:
-        return {_SPELLED.get(cell.strip()) for row in csv.reader(header, delimiter=delimiter) for cell in row}
+        return {_SPELLED.get(_as_field(cell)) for row in csv.reader(header, delimiter=delimiter) for cell in row}
     except csv.Error:  # which will be said when the rows are read
         return set()
+
+
+def _as_field(cell: str) -> str:
+    """A name as fields are spelled, if it is one: "Negative Prompt" in the header of a table people look at."""
+    name = cell.strip()
+    folded = re.sub(r"[\s-]+", "_", name.lower())
+    return folded if folded in _SPELLED else name
 
 
 def _cells(lines: Sequence[str], first: int, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -724,7 +732,7 @@ def _cells(lines: Sequence[str], first: int, delimiter: str) -> Iterator[tuple[i
 def _column_names(path: pathlib.Path, where: str, header: Sequence[str], checks: Checks) -> list[str | None]:
     """The names of the columns: "" for one without, None for one that is no field or the same as another."""
     # pandas writes its index without a name, and "Unnamed: 0" or "Unnamed: 0.1" when it has read that.
-    names = ["" if re.fullmatch(r"Unnamed: [0-9.]+", name) else name for name in header]
+    names = ["" if re.fullmatch(r"Unnamed: [0-9.]+", name) else _as_field(name) for name in header]
     given = [name for name in names if name]
     if len(set(given)) < len(given):
         checks.problems.append(f"{path}: the header must name each column once; it is {_shown(list(header))}.")
@@ -814,7 +822,8 @@ def check_keys(entries: Sequence[Entry], checks: Checks) -> None:
         first = seen.setdefault(name, index)
         if first != index:
             checks.problems.append(
-                f"{entry.where}: the key {entry.key!r} is taken by {entries[first].where}; both would be one file."
+                f"{entry.where}: the key {entry.key!r} is taken by {entries[first].where}; both would be one file. "
+                "Give each a key of its own."
             )
 
 

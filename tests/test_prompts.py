@@ -330,7 +330,7 @@ def test_cases_whose_files_would_be_one_are_refused(work):
     assert check_entries(entries, checks, resolve) != []
     assert checks.problems == [
         f"cases.txt line {number}: the key {entries[number - 1].key!r} is taken by cases.txt line {number - 1}; "
-        "both would be one file."
+        "both would be one file. Give each a key of its own."
         for number in (2, 4, 6, 8)
     ]
 
@@ -554,6 +554,7 @@ PLAIN = ("b", "blue", [], {})
         "sep=;\r\nkey;prompt;references;seed;frames\r\na;a red ball, slowly;apple.png,fish.png;7;81\r\nb;blue;;;",
         '\ufeff"sep=|"\r\nkey|prompt|references|seed|frames\r\na|a red ball, slowly|apple.png;fish.png|7|81\r\nb|blue|||',
         "key\tprompt\treferences\tseed\tframes\na\ta red ball, slowly\tapple.png;fish.png\t7\t81\nb\tblue\t\t\t\n",
+        '# my cases\n,,,,\nKey,Prompt,References,Base Seed,num-frames\na,"a red ball, slowly",apple.png;fish.png,7,81\nb,blue,,,\n',
         # pandas: its index, and whole numbers of a column with gaps.
         ',key,prompt,references,seed,frames\n0,a,"a red ball, slowly",apple.png;fish.png,7.0,81.0\n1,b,blue,,,\n',
         "Unnamed: 0.1,Unnamed: 0,key,prompt,references,seed,frames\n"
@@ -564,7 +565,18 @@ PLAIN = ("b", "blue", [], {})
         'key,prompt,references,seed,frames,synthesis_flag\ra,"a red ball, slowly","apple.png, fish.png,",+7, 81 ,x\r'
         "b,blue,,,,\r",
     ],
-    ids=["plain", "semicolons", "sep", "sep in quotes", "tabs", "pandas", "pandas twice", "leftovers", "old Mac"],
+    ids=[
+        "plain",
+        "semicolons",
+        "sep",
+        "sep in quotes",
+        "tabs",
+        "for people",
+        "pandas",
+        "pandas twice",
+        "leftovers",
+        "old Mac",
+    ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_tables_as_programs_write_them(work, table, suffix):
