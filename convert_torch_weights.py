@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from magref_jax import pipeline
 from magref_jax.checkpoint import MANIFEST, NETWORKS, verify_manifest
-from magref_jax.command import check_local, program
+from magref_jax.command import check_local, check_output_folder, program
 from magref_jax.config import DiTConfig, ModelConfig, from_dict
 from magref_jax.convert import conversion, export, lora, sources
 
@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_local("SOURCE", arguments.source)
     if arguments.out is not None:
         check_local("OUT", arguments.out)
+        check_output_folder("OUT", arguments.out.parent)
     source, out = locate(arguments.source), arguments.out
     is_model = (source / MANIFEST).is_file()
     if out is None and not (arguments.verify or arguments.dry_run):
