@@ -57,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="re-hash the files of a model folder; alone, or after converting"
     )
     p.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the config, as image_encoder.num_heads=16"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the config, as image_encoder.num_heads=16; source.key=NAME takes the weights of this name in a file of several",
     )
     p.add_argument("--no_checks", action="store_true", help="do not hash source files that come with a digest")
     return p
@@ -127,7 +131,8 @@ def from_torch(
     path: pathlib.Path, out: pathlib.Path | None, arguments: argparse.Namespace, only: tuple[str, ...]
 ) -> None:
     settings = read_settings(arguments.set)
-    source = sources.read_source(path, only, settings.pop("source.key", None))
+    key = settings.pop("source.key", None)
+    source = sources.read_source(path, only, None if key is None else str(key))
     config = sources.model_config(source, settings, arguments.dtype)
     abstract = pipeline.abstract_params(config, only=tuple(source.networks))
     plan = conversion.make_plan(source, config, abstract, arguments.dtype)

@@ -78,7 +78,8 @@ class Plan:
         """Changes with anything that the written bytes depend on; a resumed run must have the same."""
         files = [[str(file), *_state(file)] for part in self.parts for file in part.network.files]
         dtypes = [[path, str(leaf.dtype)] for part in self.parts for path, leaf in part.abstract.items()]
-        text = json.dumps([self.config.to_json(), files, dtypes, str(self.tokenizer)])
+        chosen = [[part.network.layout, *part.network.notes] for part in self.parts]
+        text = json.dumps([self.config.to_json(), files, dtypes, chosen, str(self.tokenizer)])
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -27,9 +27,9 @@ _ALLOWED = {
     "_get_layout": "torch.serialization",
     "Size": "torch",
     "OrderedDict": "collections",
-    "PosixPath": "pathlib",
-    "PurePosixPath": "pathlib",
 }
+# Where the checkpoint was once; Python 3.13 has another name for their module.
+_PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,9 @@ def read_distributed(folder: pathlib.Path) -> dict[str, dict[str, DistributedTen
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     metadata = _read_metadata(file)
     try:
-        names = {str(info.relative_path) for info in metadata.storage_data.values()}
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            ends[str(info.relative_path)] = max(ends.get(str(info.relative_path), 0), info.offset + info.length)
         levels: dict[str, dict[str, DistributedTensor]] = {}
         for name, entry in metadata.state_dict_metadata.items():
             if (size := getattr(entry, "size", None)) is None:
@@ -94,10 +96,13 @@ def read_distributed(folder: pathlib.Path) -> dict[str, dict[str, DistributedTen
             levels.setdefault(".".join(parents), {})[own] = DistributedTensor(name, file, dtype, tuple(size), metadata)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}.") from None
-    if outside := sorted(name for name in names if pathlib.PurePath(name).name != name):
+    if outside := sorted(name for name in ends if pathlib.PurePath(name).name != name):
         raise ValueError(f"{file} names files outside its folder: {outside[0]!r}.")
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
+    if missing := sorted(name for name in ends if not (folder / name).is_file()):
         raise FileNotFoundError(f"{file} names {', '.join(missing)}, which is missing.")
+    for name, end in ends.items():
+        if (size := (folder / name).stat().st_size) < end:
+            raise ValueError(f"{folder / name} is cut off: {file} describes {end} bytes, the file has {size}.")
     return levels
 
 
@@ -118,6 +123,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if _ALLOWED.get(name) == module or (module == "torch" and name in TORCH_DTYPES):
             return super().find_class(module, name)
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return _PATHS[name]
         raise ValueError(f"it names {module}.{name}")
 
 

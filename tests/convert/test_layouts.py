@@ -42,9 +42,10 @@ def fails(capsys, *words) -> str:
         run(*words)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("convert_torch_weights.py: ")
     assert "Traceback" not in error
-    return error
+    _, name, message = error.rpartition("convert_torch_weights.py: ")  # a progress bar may stand before it
+    assert name
+    return message
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -268,7 +269,10 @@ def test_the_description_of_a_distributed_checkpoint_runs_nothing(tmp_path, caps
     assert "was not loaded" in fails(capsys, tmp_path / "source", tmp_path / "model")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "source" / ".metadata").write_bytes(good)
-    (tmp_path / "source" / "__0_0.distcp").unlink()
+    file = tmp_path / "source" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "__0_0.distcp is cut off" in fails(capsys, tmp_path / "source", tmp_path / "model")
+    file.unlink()
     assert "__0_0.distcp, which is missing" in fails(capsys, tmp_path / "source", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -324,6 +328,17 @@ def test_a_set_that_cannot_be_told_is_asked_for(keys, asked, message, tmp_path, 
     words = ["--set", f"source.key={asked}"] if asked else []
     assert message in fails(capsys, tmp_path / "dit.pth", tmp_path / "model", *OPTIONS, *words)
     assert not (tmp_path / "model").exists()
+
+
+def test_another_set_of_weights_is_another_conversion(tmp_path, capsys, monkeypatch):
+    torch.save({"model": made("vae"), "ema": made("vae", seed=1)}, tmp_path / "vae.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ParamsWriter, "finish", lambda writer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "vae.pth", tmp_path / "model")
+    words = (tmp_path / "vae.pth", tmp_path / "model", "--resume")
+    assert "begun with another source" in fails(capsys, *words, "--set", "source.key=model")
+    run(*words)
 
 
 # 8-bit floats
