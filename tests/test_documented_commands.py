@@ -109,6 +109,17 @@ PYTHON = sorted({filled(words) for _, words in ALL if words[0] == "python" and w
 INPUTS: dict[str, Callable[[pathlib.Path], object]] = {}  # each writes into a folder that becomes the working directory
 
 
+def is_input(name: str) -> bool:
+    return name in INPUTS or name.endswith(".png")
+
+
+def write_input(folder: pathlib.Path, name: str) -> None:
+    if name in INPUTS:
+        INPUTS[name](folder)
+    else:
+        picture((200, 40, 40)).save(folder / name)
+
+
 def makes(*names: str) -> Callable[[Callable[[pathlib.Path, str], object]], None]:
     def register(write: Callable[[pathlib.Path, str], object]) -> None:
         for name in names:
@@ -121,11 +132,6 @@ def makes(*names: str) -> Callable[[Callable[[pathlib.Path, str], object]], None
 def _(folder: pathlib.Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     write_model(folder / name, MODEL)
-
-
-@makes("man.png", "dog.png", "fox.png", "rocket.png")
-def _(folder: pathlib.Path, name: str) -> None:
-    picture((200, 40, 40)).save(folder / name)
 
 
 @makes("cases.json")
@@ -285,7 +291,7 @@ def inputs_of(words: Sequence[str], row: Row, options: Sequence[str] = ()) -> li
     """The inputs that a command names, with those that it does not."""
     place = output_place(words, row)
     named = [*(word for index, word in enumerate(words) if index != place), *options]
-    names = [name for word in named for name in (word.rstrip("/"), word.partition(":")[0]) if name in INPUTS]
+    names = [name for word in named for name in (word.rstrip("/"), word.partition(":")[0]) if is_input(name)]
     return list(dict.fromkeys([*names, *row.also]))
 
 
@@ -295,7 +301,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
 
     @functools.cache
     def made(name: str) -> pathlib.Path:
-        INPUTS[name](folder := tmp_path_factory.mktemp("input"))
+        write_input(folder := tmp_path_factory.mktemp("input"), name)
         return folder
 
     return lambda name: shutil.copytree(made(name), pathlib.Path(), dirs_exist_ok=True)

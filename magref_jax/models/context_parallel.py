@@ -56,8 +56,9 @@ def self_attention(
     `implementation` is what each device runs. Tokens from `num_tokens` on are padding, which no other token sees.
 
     Raises:
-        ValueError: `context_parallel` is unknown, or impossible with these heads.
-        NotImplementedError: a ring of an implementation that cannot be a part of one.
+        ValueError: `context_parallel` is unknown, impossible with these heads, or a ring of an implementation that cannot be a
+            part of one.
+        NotImplementedError: a ring of another structure than all tokens.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -177,7 +178,7 @@ def _of_some_keys(implementation: str, query: Array) -> OfSomeKeys:
     found = find_implementation(implementation).of_some_keys
     if found is None:
         able = ", ".join(name for name, candidate in IMPLEMENTATIONS.items() if candidate.of_some_keys)
-        raise NotImplementedError(
+        raise ValueError(
             f"implementation={implementation!r} does not return what a ring needs to add up blocks of keys; take {able}, or a "
             "mesh whose context divides the heads of a device."
         )
