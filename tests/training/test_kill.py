@@ -235,19 +235,20 @@ def test_a_signal_leaves_a_checkpoint_of_the_current_step(small, number, status)
     check_signal(small, number, status)
 
 
-@pytest.mark.parametrize("slow", ["validation", "sample"])
-def test_what_is_being_drawn_is_dropped_and_the_next_start_ends_the_run(small, slow):
-    """All steps are done: what is left is the export."""
-    status, seconds = small.stop_while_slow(slow, signal.SIGTERM, f"--config.events.{slow}", "20")
-    assert status == 143, small.said(slow)
-    assert seconds < 20
-    assert small.steps(slow)[-1] == 20
-    assert "SIGTERM: stopped at step 20 of 20, which is saved" in small.said(slow)
-    assert "Traceback" not in small.said(slow)
-    assert "done" not in small.said(slow)
-    small.finish(slow, f"--config.events.{slow}", "20")
-    small.assert_equal(slow, "straight")
-    assert "done" in small.said(slow)
+def test_what_is_being_drawn_is_dropped_and_the_next_start_goes_on_or_ends_the_run(small):
+    """A validation after ten steps, and a sheet after the last, when what is left is the export."""
+    for event, step in (("validation", 10), ("sample", 20)):
+        status, seconds = small.stop_while_slow("drawn", signal.SIGTERM, f"--config.events.{event}", str(step))
+        assert status == 143, small.said("drawn")
+        assert seconds < 20
+        assert small.steps("drawn")[-1] == step
+        assert f"SIGTERM: stopped at step {step} of 20, which is saved" in small.said("drawn")
+        (small.folder / "drawn" / "slow").unlink()
+    assert "Traceback" not in small.said("drawn")
+    assert "done" not in small.said("drawn")
+    small.finish("drawn")
+    small.assert_equal("drawn", "straight")
+    assert "done" in small.said("drawn")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
