@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from magref_jax import images
-from magref_jax.command import check_local, check_local_fields, check_output_folder, program
+from magref_jax.command import check_local, check_local_fields, program
 from magref_jax.conditioning.canvas import Box
 from magref_jax.conditioning.subjects import clean_prompt, occurrences
 from magref_jax.data.prepare import Cut, cut_clip, parse_line
-from magref_jax.data.records import Skipped
+from magref_jax.data.records import Skipped, claimed
 from magref_jax.files import read_text, replacing
 from magref_jax.prompts import safe_key
 
@@ -231,28 +231,28 @@ def main() -> None:
         check_local("annotations", arguments.annotations)
         for name in ("videos", "out", "pairs"):
             check_local_fields(f"--{name}", getattr(arguments, name))
-        check_output_folder("--out", arguments.out)
         if not arguments.videos.is_dir():
             raise ValueError(f"--videos {arguments.videos}: there is no such folder.")
         entries = _read_json(arguments.annotations, dict, "file of annotations")
         pairs = [pair for path in arguments.pairs for pair in _read_json(path, list, "file of pairs")]
-        lines, refused = {}, []
-        for key, entry in tqdm(entries.items(), desc="cutting out", unit="clip"):
-            try:
-                lines[key], pictures = import_clip(key, entry, arguments.videos, arguments.out, arguments.limits)
-            except Exception as error:
-                refused.append(f"{key}: {Skipped.because_of(key, error).reason}")
-                continue
-            for file, picture in pictures.items():
-                with replacing(arguments.out / file) as part:
-                    picture.save(part, "PNG")
-        if not lines:
-            raise ValueError(
-                f"{arguments.annotations}: none of {len(entries)} clips can be used: {'; '.join(refused[:5])}"
-            )
-        wrong = add_pairs(lines, pairs, arguments.limits)
-        with replacing(arguments.out / "clips.jsonl") as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
+        with claimed("data.open_s2v", arguments.out):
+            lines, refused = {}, []
+            for key, entry in tqdm(entries.items(), desc="cutting out", unit="clip"):
+                try:
+                    lines[key], pictures = import_clip(key, entry, arguments.videos, arguments.out, arguments.limits)
+                except Exception as error:
+                    refused.append(f"{key}: {Skipped.because_of(key, error).reason}")
+                    continue
+                for file, picture in pictures.items():
+                    with replacing(arguments.out / file) as part:
+                        picture.save(part, "PNG")
+            if not lines:
+                raise ValueError(
+                    f"{arguments.annotations}: none of {len(entries)} clips can be used: {'; '.join(refused[:5])}"
+                )
+            wrong = add_pairs(lines, pairs, arguments.limits)
+            with replacing(arguments.out / "clips.jsonl") as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
     for problem in [*refused, *wrong][:SHOWN]:
         print(f"left out: {problem}")
     references = [reference for line in lines.values() for reference in line["references"]]

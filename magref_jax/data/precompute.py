@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from magref_jax import checkpoint, pipeline
 from magref_jax.checkpoint import Params
-from magref_jax.command import check_local, check_local_fields, check_output_folder, program
+from magref_jax.command import check_local, check_local_fields, program
 from magref_jax.conditioning.case import encode_cases
 from magref_jax.config import ModelConfig, load_model_config
 from magref_jax.data.clips import Choice, Example, FirstFrameTarget, example_arrays, make_example
-from magref_jax.data.records import ClipRecord, EncodedCase, RecordSource, Source, open_records, write_records
+from magref_jax.data.records import ClipRecord, EncodedCase, RecordSource, Source, claimed, open_records, write_records
 from magref_jax.sharding import constrain_batch, make_mesh, on_mesh, shard_batch
 
 SHARD_RECORDS = 128  # about; at 480p with 4 layouts, 4.5 GB
@@ -269,23 +269,23 @@ def main() -> None:
         config = load_model_config(arguments.model)
         tokenizer = pipeline.load_tokenizer(arguments.model, config)
         mesh = make_mesh(arguments.mesh)
-        check_output_folder("--out", arguments.out)
-        abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
-        abstract.pop("dit")
-        _, params = checkpoint.restore_model(arguments.model, abstract)
-        began = time.monotonic()
-        encoded = precompute(
-            source,
-            arguments.out,
-            config,
-            tokenizer,
-            params,
-            choice=arguments.choice,
-            first_frame_target=arguments.first_frame_target,
-            seed=arguments.seed,
-            mesh=mesh,
-            **work,
-        )
+        with claimed("data.precompute", arguments.out):
+            abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
+            abstract.pop("dit")
+            _, params = checkpoint.restore_model(arguments.model, abstract)
+            began = time.monotonic()
+            encoded = precompute(
+                source,
+                arguments.out,
+                config,
+                tokenizer,
+                params,
+                choice=arguments.choice,
+                first_frame_target=arguments.first_frame_target,
+                seed=arguments.seed,
+                mesh=mesh,
+                **work,
+            )
     print(
         f"{len(encoded)} encoded records in {arguments.out}; {len(encoded) / (time.monotonic() - began):.2f} records/s, "
         f"{encoded.num_bytes / len(encoded) / 1e6:.3f} MB a clip"

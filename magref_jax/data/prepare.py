@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from magref_jax import images
 from magref_jax.checkpoint import file_digest
-from magref_jax.command import check_local, check_output_folder, program
+from magref_jax.command import check_local, program
 from magref_jax.conditioning.canvas import Box, Role, resize_and_crop
 from magref_jax.conditioning.subjects import Span, clean_prompt, occurrences
 from magref_jax.data.records import (
@@ -47,6 +47,7 @@ from magref_jax.data.records import (
     Skipped,
     TooManySkippedError,
     View,
+    claimed,
     write_records,
 )
 from magref_jax.files import read_text, text_lines
@@ -468,20 +469,20 @@ def main() -> None:
     with program("data.prepare"):
         check_local("clips", arguments.clips)
         check_local("--out", arguments.out)
-        check_output_folder("--out", arguments.out)
         if not (size := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", arguments.size)):
             raise ValueError(f"size={arguments.size!r} must be HEIGHTxWIDTH, such as 480x832.")
         height, width = map(int, size.groups())
         cut = Cut(height, width, arguments.num_frames, arguments.fps, arguments.store)
         began = time.monotonic()
         try:
-            source = prepare(
-                arguments.clips,
-                arguments.out,
-                cut,
-                shard_records=arguments.shard_records,
-                num_threads=arguments.num_threads,
-            )
+            with claimed("data.prepare", arguments.out):
+                source = prepare(
+                    arguments.clips,
+                    arguments.out,
+                    cut,
+                    shard_records=arguments.shard_records,
+                    num_threads=arguments.num_threads,
+                )
         except TooManySkippedError as error:
             remedy = "More than 1 % of the clips cannot be used: mend or remove their lines."
             raise TooManySkippedError(f"{error}\n{remedy}") from None

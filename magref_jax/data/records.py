@@ -17,6 +17,7 @@ import itertools
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
@@ -26,10 +27,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from magref_jax.checkpoint import file_digest
-from magref_jax.command import EXPECTED, sentence
+from magref_jax.command import EXPECTED, check_output_folder, sentence
 from magref_jax.conditioning.canvas import Role
 from magref_jax.descriptions import short_repr
-from magref_jax.files import remove_leftovers, replacing
+from magref_jax.distributed import is_first, on_first
+from magref_jax.files import Claim, remove_leftovers, replacing
 
 Origin = Literal["in_pair", "cross_clip", "generated"]  # cut from this clip, from another one, or made from a view
 
@@ -293,22 +295,26 @@ def write_records(
         raise ValueError(f"shard_records={shard_records} must be 1 or more.")
     about = {"version": VERSION, "inputs": count, "shard_records": shard_records, "shard_bytes": shard_bytes}
     about["settings"] = json.loads(json.dumps(settings or {}))
-    with _folder_to_fill(folder):
-        _write_shards(folder, make, count, about, max_skipped)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, make, count, about, max_skipped)
     return RecordSource([folder])
 
 
 @contextlib.contextmanager
-def _folder_to_fill(folder: pathlib.Path) -> Iterator[None]:
-    """Makes a folder; it is gone again if what fills it fails before a first file is whole."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+def claimed(program: str, folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of the folder that `--out` of a program names; all processes of a run enter it together.
+
+    Raises:
+        ValueError: another process has it, or it is none that could be written to.
+    """
+    check_output_folder("--out", folder)
+    held = Claim(folder)
     try:
+        if (note := on_first(held.take)) is not None and is_first():
+            print(f"{program}: --out {note}", file=sys.stderr)
         yield
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        held.release()
 
 
 def _write_shards(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import importlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from magref_jax.data import prepare as prepare_module
 from magref_jax.data.prepare import ClipLine, Cut, cut_clip, find_labels, make_record, prepare, read_lines
 from magref_jax.data.records import INDEX, Skipped, TooManySkippedError
+from magref_jax.files import Claim
 from magref_jax.video import read_video
 
 LEVEL = 5  # grey levels between frames: what lossy codecs change is less than half of it
@@ -599,7 +601,7 @@ def test_when_no_clip_can_be_used_the_reasons_are_named_and_nothing_is_written(t
             TooManySkippedError, match=r"none of 1 inputs has a record: gone.mp4: there is no video file"
         ):
             prepare(clips, tmp_path / "out", CUT)
-        assert not (tmp_path / "out").exists()
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_flipped_bits_are_noticed(tmp_path):
@@ -786,6 +788,35 @@ def test_what_is_asked_for_wrongly_is_said_and_nothing_made(tmp_path, monkeypatc
     assert error.startswith("data.prepare: ")
     assert re.search(message, error), error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["prepare", "precompute", "open_s2v"])
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch, capsys, name):
+    module = importlib.import_module(f"magref_jax.data.{name}")
+    write_clip(tmp_path / "a.mp4", 12, 12)
+    write_list(tmp_path / "a.jsonl", [{"video": "a.mp4", "caption": "a dog"}])
+    (tmp_path / "a.json").write_text("{}")
+    prepare(tmp_path / "a.jsonl", tmp_path / "records", CUT)
+    bundled = pathlib.Path(module.__file__).parents[1] / "bundled" / "emoji"
+    arguments = {
+        "prepare": ["a.jsonl"],
+        "precompute": ["records", "--model", str(bundled)],
+        "open_s2v": ["a.json", "--videos", "."],
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments[name], "--out", "out"])
+    other = Claim(tmp_path / "out")
+    other.take()
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    expected = (
+        rf"^data.{name}: out is being written to by process {os.getpid()} on .*: wait until it has ended, or give"
+    )
+    assert re.search(expected, capsys.readouterr().err, re.MULTILINE)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [Claim.NAME]
+    other.release()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_printed_example_for_a_folder_works(tmp_path):
