@@ -17,7 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from magref_jax.conditioning.canvas import assign
 from magref_jax.config import RELEASED, ModelConfig, SamplingConfig, load_model_config, with_dtype
 from magref_jax.convert.lora import Lora, read_lora, split_strength
 from magref_jax.diffusion.step_cache import load_plan
-from magref_jax.dry_run import dry_run
+from magref_jax.dry_run import check_memory, dry_run, stored_shapes
 from magref_jax.models.attention import IMPLEMENTATIONS
 from magref_jax.prompts import ALIASES, Checks, Entry
 
@@ -307,7 +307,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     entries = read_entries(arguments, checks)
     if config is None or tokenizer is None:
         checks.stop()
-    default_negative = config.sampling.negative_prompt
+    usual = config.sampling
     dit = dataclasses.replace(config.dit, attention=right.get("attention", config.dit.attention))
     config = dataclasses.replace(config, dit=dit, fps=right.get("fps", config.fps))
     config = checks.attempt("options", pipeline.with_sampling, config, **overrides) or config
@@ -328,7 +328,7 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
             shown = len(case.entry.references), case.sampling.layout
             checks.attempt(f"{case.entry.where}: --layout {arguments.layout}", assign, *shown, run.order)
     text_tokens = batches.check_tokens(config, tokenizer, checked, checks)
-    batches.check_words(tokenizer, checked, default_negative, checks)
+    batches.check_words(tokenizer, checked, usual.negative_prompt, checks)
     if run is None or checks.problems:
         checks.stop()
 
@@ -338,6 +338,13 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
     kept = checks.attempt(f"--out {arguments.out}", distributed.on_first, lambda: sorted(keep(arguments.out, settings)))
     if not checks.problems:
         checks.attempt(f"--out {arguments.out}", arguments.out.mkdir, parents=True, exist_ok=True)
+    work = batches.make_batches(cases, arguments.batch_size)
+    options = {"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan}
+    todo = [] if arguments.dry_run else [batch for batch in work if any(case.key not in (kept or ()) for case in batch)]
+    # What does not fit one process of several would be known to that one alone.
+    if todo and not checks.problems and jax.process_count() == 1:
+        fits = functools.partial(check_memory, usual=usual, mesh=mesh or None, **options)
+        checks.attempt("memory", fits, arguments.model, config, tokenizer, todo)
     if kept is None or checks.problems:
         checks.stop()
     return Plan(
@@ -347,9 +354,18 @@ def make_plan(arguments: argparse.Namespace, checks: Checks) -> Plan:
         loras=loras,
         cases=cases,
         kept=frozenset(kept),
-        work=batches.make_batches(cases, arguments.batch_size),
-        options={"batch_size": arguments.batch_size, "text_tokens": text_tokens, "step_plan": run.step_plan},
+        work=work,
+        options=options,
     )
+
+
+@contextlib.contextmanager
+def ends_if_unusable(model: pathlib.Path) -> Iterator[None]:
+    """Ends the program with status 1 where a model folder turns out to be damaged or incomplete."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: --model {model}: {sentence(error)}")
 
 
 def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) -> list[outputs.CaseReport]:
@@ -357,11 +373,8 @@ def make_videos(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) 
     clock, model = batches.Clock(), None
     todo = [batch for batch in plan.work if any(case.key not in plan.kept for case in batch)]
     if todo:
-        try:
-            with clock.measure("loading"):
-                model = pipeline.load(arguments.model, mesh=plan.mesh, dtype=arguments.dtype, loras=plan.loras)
-        except (ValueError, OSError) as error:
-            sys.exit(f"sample.py: --model {arguments.model}: {sentence(error)}")
+        with ends_if_unusable(arguments.model), clock.measure("loading"):
+            model = pipeline.load(arguments.model, mesh=plan.mesh, dtype=arguments.dtype, loras=plan.loras)
         model = dataclasses.replace(model, config=plan.config)
     reports: list[outputs.CaseReport] = []
     try:
@@ -479,6 +492,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], stack: contextlib.Ex
     if distributed.is_first():
         checks.show_notes()
     if arguments.dry_run:
+        with ends_if_unusable(arguments.model):
+            stored_shapes(arguments.model, plan.config, plan.mesh)
         dry_run(arguments.model, plan.config, plan.tokenizer, plan.work, arguments.out, mesh=plan.mesh, **plan.options)
         return
     distributed.on_first(lambda: files.remove_leftovers(arguments.out))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import tokenizers
 from PIL import Image
 
@@ -223,6 +224,14 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def _out_of_memory(error: Exception) -> str:
+    reason = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0].strip().rstrip(".")
+    return (
+        f"memory is exhausted ({reason}); less is needed by a smaller --size, fewer --frames, --guidance 1, a smaller "
+        "--batch_size or more devices in --mesh."
+    )
+
+
 def run_batches(
     model: pipeline.Model | None,
     batches: Iterable[Sequence[PlannedCase]],
@@ -267,17 +276,23 @@ def run_batches(
         videos: dict[str, pipeline.Video] = {}
         if ready:
             sampling = dataclasses.asdict(ready[0][0].sampling)
-            with clock.measure("sampling"):
-                result = pipeline.generate(
-                    model,
-                    [request for _, request in ready],
-                    on_step=note,
-                    step_plan=step_plan,
-                    batch_size=batch_size,
-                    text_tokens=text_tokens,
-                    **sampling,
-                )
-            videos = {case.key: video for (case, _), video in zip(ready, result, strict=True)}
+            try:
+                with clock.measure("sampling"):
+                    result = pipeline.generate(
+                        model,
+                        [request for _, request in ready],
+                        on_step=note,
+                        step_plan=step_plan,
+                        batch_size=batch_size,
+                        text_tokens=text_tokens,
+                        **sampling,
+                    )
+                videos = {case.key: video for (case, _), video in zip(ready, result, strict=True)}
+            except jax.errors.JaxRuntimeError as error:
+                # One process may go on with smaller cases; of several, the others would wait for it.
+                if not str(error).startswith("RESOURCE_EXHAUSTED") or jax.process_count() > 1:
+                    raise
+                failures |= {case.key: _out_of_memory(error) for case, _ in ready}
         seconds = (time.perf_counter() - start) / len(batch)
         per_step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
         for case in made:

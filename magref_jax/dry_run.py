@@ -6,7 +6,8 @@ OUT/dry_run/KEY_mask.png      the same canvas, coloured where the mask channels 
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from magref_jax import checkpoint, pipeline
 from magref_jax.batches import PlannedCase
 from magref_jax.conditioning.canvas import draw_regions
 from magref_jax.conditioning.case import Case
-from magref_jax.config import ModelConfig
+from magref_jax.config import ModelConfig, SamplingConfig
 from magref_jax.diffusion.step_cache import StepPlan
 from magref_jax.files import replacing
 from magref_jax.models.dit import dit_flops
@@ -53,29 +54,98 @@ def dry_run(
                     picture.save(part, format="PNG")
     print(f"drew {2 * sum(map(len, work))} pictures in {folder_of_pictures}")
 
-    abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
-    params = {name: checkpoint.stored_params(folder / name, tree) for name, tree in abstract.items()}
-    shapes: dict[Any, list[Sequence[PlannedCase]]] = {}
-    for batch in work:
-        shapes.setdefault(dataclasses.replace(batch[0].sampling, negative_prompt=""), []).append(batch)
-    for sampling, batches in shapes.items():
-        shaped = pipeline.with_sampling(config, **dataclasses.asdict(sampling))
-        request = batches[0][0].request()
-        lowered = pipeline.lower(
-            shaped,
-            tokenizer,
-            params,
-            request,
-            mesh=mesh,
-            batch_size=batch_size,
-            text_tokens=text_tokens,
-            step_plan=step_plan,
-        )
+    params = stored_shapes(folder, config, mesh)
+    options = {"mesh": mesh, "batch_size": batch_size, "text_tokens": text_tokens, "step_plan": step_plan}
+    for shaped, batches in by_shape(config, work):
+        lowered = pipeline.lower(shaped, tokenizer, params, batches[0][0].request(), **options)
         lines = describe(shaped, batches, text_tokens, step_plan) | memory(params, lowered)
         width = max(map(len, lines))
         print()
         for name, value in lines.items():
             print(f"{name:{width}}  {value}")
+
+
+def stored_shapes(folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """The parameters of a model folder as shapes, with their dtypes and where a mesh holds them."""
+    abstract = pipeline.place_params(mesh, pipeline.abstract_params(config))
+    return {name: checkpoint.stored_params(folder / name, tree) for name, tree in abstract.items()}
+
+
+def by_shape(
+    config: ModelConfig, work: Sequence[Sequence[PlannedCase]]
+) -> Iterator[tuple[ModelConfig, list[Sequence[PlannedCase]]]]:
+    """The config and the batches of each compiled shape."""
+    shapes: dict[Any, list[Sequence[PlannedCase]]] = {}
+    for batch in work:
+        shapes.setdefault(dataclasses.replace(batch[0].sampling, negative_prompt=""), []).append(batch)
+    for sampling, batches in shapes.items():
+        yield pipeline.with_sampling(config, **dataclasses.asdict(sampling)), batches
+
+
+def check_memory(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    tokenizer: Any,
+    work: Sequence[Sequence[PlannedCase]],
+    *,
+    usual: SamplingConfig,
+    mesh: Mesh | None,
+    **options: Any,
+) -> None:
+    """Refuses what needs more memory than there is.
+
+    A model at its `usual` size is held against its parameters alone; what is larger is compiled, which takes as long as it
+    takes in the run, that finds the programs in the cache.
+
+    Raises:
+        ValueError: says how much is needed, and what needs less.
+    """
+    free = free_memory(mesh)
+    try:
+        params = stored_shapes(folder, config, mesh)
+    except (ValueError, OSError):  # whoever reads the parameters will say so
+        return
+    if free is None:
+        return
+    if (stored := sum(map(_device_bytes, jax.tree.leaves(params)))) > free:
+        raise ValueError(
+            f"the parameters of {folder} take {_number(stored)}B per device, of which {_number(free)}B are free: --mesh cuts "
+            "them over several devices."
+        )
+    for shaped, batches in by_shape(config, work):
+        if _pixels(shaped.sampling) <= _pixels(usual):
+            continue
+        lowered = pipeline.lower(shaped, tokenizer, params, batches[0][0].request(), mesh=mesh, **options)
+        needs = memory_needs(params, lowered)
+        if needs and stored + max(needs.values()) > free:
+            stage, size = max(needs, key=lambda name: needs[name]), shaped.sampling
+            raise ValueError(
+                f"{size.width}x{size.height} pixels, {size.num_frames} frames: {stage} takes {_number(stored + needs[stage])}B "
+                f"per device, of which {_number(free)}B are free; this model is made for {usual.width}x{usual.height}, "
+                f"{usual.num_frames} frames. Less is needed by a smaller --size, fewer --frames, a smaller --batch_size or "
+                "more devices in --mesh."
+            )
+
+
+def _pixels(sampling: SamplingConfig) -> int:
+    return sampling.height * sampling.width * sampling.num_frames
+
+
+def free_memory(mesh: Mesh | None) -> int | None:
+    """Bytes that programs may still take of a device of the mesh; of CPU devices, a share of the machine's. None: unknown."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats is not None and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    meminfo = pathlib.Path("/proc/meminfo")
+    if device.platform != "cpu" or not meminfo.exists():
+        return None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    limits = [int(available[1]) * 1024] if available else []
+    container = pathlib.Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (limit := container.read_text().strip()).isdecimal():
+        limits.append(int(limit))
+    return min(limits) // (1 if mesh is None else mesh.size) if limits else None
 
 
 def draw_mask(case: Case, words: Sequence[str], min_width: int = 960) -> Image.Image:
@@ -121,6 +191,14 @@ def describe(
 def memory(params: dict[str, Any], lowered: dict[str, jax.stages.Lowered]) -> dict[str, str]:
     """Bytes on the fullest device, as the compiler plans them: parameters, and what each program needs besides."""
     stored = sum(map(_device_bytes, jax.tree.leaves(params)))
+    needs = memory_needs(params, lowered)
+    parts = ", ".join(f"{name} {_number(value)}B" for name, value in needs.items())
+    total = stored + max(needs.values(), default=0)
+    return {"memory": f"{_number(total)}B per device: parameters {_number(stored)}B, then at most {parts}"}
+
+
+def memory_needs(params: dict[str, Any], lowered: dict[str, jax.stages.Lowered]) -> dict[str, int]:
+    """Bytes of a device that each program needs besides the parameters, as its compiler plans them."""
     used = {"encoding": ("dit", "vae", "text_encoder", "image_encoder"), "sampling": ("dit",), "decoding": ("vae",)}
     needs = {}
     for name, program in lowered.items():
@@ -130,9 +208,7 @@ def memory(params: dict[str, Any], lowered: dict[str, jax.stages.Lowered]) -> di
         inputs = sum(_device_bytes(leaf) for network in used[name] for leaf in jax.tree.leaves(params.get(network, ())))
         other = max(0, plan.argument_size_in_bytes - inputs)
         needs[name] = other + plan.temp_size_in_bytes + plan.output_size_in_bytes
-    parts = ", ".join(f"{name} {_number(value)}B" for name, value in needs.items())
-    total = stored + max(needs.values(), default=0)
-    return {"memory": f"{_number(total)}B per device: parameters {_number(stored)}B, then at most {parts}"}
+    return needs
 
 
 def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import sample
-from magref_jax import batches, files, outputs, pipeline, prompts
+from magref_jax import batches, dry_run, files, outputs, pipeline, prompts, sharding
 from magref_jax.config import DiTConfig, ModelConfig, SamplingConfig
 from magref_jax.data import emoji_examples
 from magref_jax.data.emoji_world import BACKGROUNDS, PLACES, EmojiWorldConfig
@@ -881,6 +881,56 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_what_it_made(model_folder,
     assert "sample.py: interrupted" in capsys.readouterr().err
     assert names(work / "out") == files_of(["case_00"]) - {"contact_sheet.png"}
     assert statuses(work / "out") == {"case_00": "written"}
+
+
+@pytest.mark.parametrize(
+    ("more", "free", "message"),
+    [
+        (["--size", "48x32"], 300_000, "48x32 pixels, 5 frames: encoding takes"),
+        (["--size", "48x32"], 300_000, "are free; this model is made for 12x8, 5 frames. Less is needed by a smaller"),
+        ([], 1000, "memory: the parameters of"),
+    ],
+)
+def test_what_needs_more_memory_than_there_is_is_refused(refused, monkeypatch, more, free, message):
+    monkeypatch.setattr(dry_run, "free_memory", lambda mesh: free)
+    assert message in refused(*APPLE, "--out", "out", *more)
+
+
+def test_what_fits_is_made_and_the_usual_size_is_not_compiled_twice(model_folder, work, monkeypatch):
+    lowered = []
+    monkeypatch.setattr(pipeline, "lower", lambda *args, **kwargs: lowered.append(args) or {})
+    monkeypatch.setattr(pipeline, "load", lambda *args, **kwargs: sys.exit(0))
+    for words, expected in (([], 0), (["--size", "24x16"], 1)):
+        with pytest.raises(SystemExit):
+            make(model_folder, *APPLE, *words)
+        assert len(lowered) == expected
+    assert dry_run.free_memory(None) > 50e6  # of this machine, which runs the tests
+    assert dry_run.free_memory(sharding.make_mesh("data=8")) < dry_run.free_memory(None) / 4
+
+
+def test_a_case_for_which_memory_is_exhausted_fails_and_the_others_are_made(model_folder, work, capsys, monkeypatch):
+    (work / "sizes.jsonl").write_text(
+        "\n".join(
+            json.dumps({"key": key, "prompt": "the apple", "size": size})
+            for key, size in {"a": "16x8", "b": "12x8"}.items()
+        )
+    )
+    generate = pipeline.generate
+
+    def exhausted(model, requests, **kwargs):
+        if kwargs["width"] == 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 46725120000 bytes.")
+        return generate(model, requests, **kwargs)
+
+    monkeypatch.setattr(pipeline, "generate", exhausted)
+    with pytest.raises(SystemExit) as exit_info:
+        make(model_folder, "--prompts", "sizes.jsonl", "--out", "out")
+    assert exit_info.value.code == 3
+    found = statuses(work / "out")
+    assert found["b"] == "written"
+    assert found["a"].startswith(
+        "failed: memory is exhausted (Out of memory allocating 46725120000 bytes); less is needed by"
+    )
 
 
 # --- What it computes in, and which words it knows.
