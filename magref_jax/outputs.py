@@ -5,6 +5,7 @@
     KEY.json            the sidecar: settings, and sha256 of the two files above
     contact_sheet.png   the first 24 videos of the latest run
     run.json            versions, device and timings of the latest run
+    .lock               while a run writes to the folder: who that is
 
 A case is known by the digest of its settings. Its sidecar is written last and says that the case is finished. Equal
 settings give equal bytes in all files but run.json, whether a run was interrupted or not: nothing in them knows the time

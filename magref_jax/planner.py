@@ -154,7 +154,11 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
         # libtpu would ask the network where it is, and keep a second process off the chips; here are none.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"topology={topology.name!r} is none that the TPU compiler knows: {reason}") from None
     there = jax.devices("cpu")
     if len(there) < topology.num_devices:
         raise RuntimeError(
