@@ -191,7 +191,8 @@ def rename_lora(path: pathlib.Path, out: pathlib.Path, arguments: argparse.Names
 
 
 def verify(folder: pathlib.Path) -> None:
-    verify_manifest(folder)
+    for stranger in verify_manifest(folder):
+        print(f"not of the model: {stranger}")
     print(f"{folder}: every file is as it was written")
 
 

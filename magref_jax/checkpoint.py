@@ -5,7 +5,7 @@ A model folder is what `sample.py` reads and what training and conversion write:
     config.json                                   ModelConfig
     dit/  vae/  text_encoder/  image_encoder/     parameters (orbax); a text-to-video model has no image_encoder
     tokenizer/                                    files for transformers.AutoTokenizer
-    MANIFEST.json                                 size and sha256 of every other file
+    MANIFEST.json                                 size and sha256 of all these files; others may lie beside them
 """
 
 import collections
@@ -15,8 +15,9 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ from magref_jax.distributed import is_first, on_first
 Params = Any
 
 MANIFEST = "MANIFEST.json"
+PARTS = ("config.json", "tokenizer", *NETWORKS)  # of a model folder, all in the manifest; whatever else is there is not
+_LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 CHUNK_BYTES = 2**25  # at most, of what is written: what a device reads of a parameter that is cut over many
 READERS = 16  # chunks that are read at a time; each is in memory up to three times: as stored, decoded, as it is read
 
@@ -323,7 +326,7 @@ def save_model(
         if write_tokenizer is not None:
             write_tokenizer(folder / "tokenizer")
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        write_manifest(folder)
+        write_manifest(folder, PARTS)
 
     on_first(write_rest)
 
@@ -354,14 +357,17 @@ def restore_model(
                 verified.result()
 
 
-def _entries(folder: pathlib.Path, contents: bool) -> dict[str, dict[str, Any]]:
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """By slash-separated name, without the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    entries: dict[str, dict[str, Any]] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files
-    }
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def _entries(files: Mapping[str, pathlib.Path], contents: bool) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {name: {"bytes": path.stat().st_size} for name, path in files.items()}
     if contents:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            for entry, digest in zip(entries.values(), pool.map(file_digest, files), strict=True):
+            for entry, digest in zip(entries.values(), pool.map(file_digest, files.values()), strict=True):
                 entry["sha256"] = digest
     return entries
 
@@ -372,19 +378,28 @@ def file_digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: pathlib.Path) -> None:
-    text = json.dumps(_entries(folder, contents=True), indent=1) + "\n"
+def write_manifest(folder: pathlib.Path, parts: Collection[str] | None = None) -> None:
+    """Writes the manifest of a folder, or of some of what is in it; what systems leave in folders is in none."""
+    files = {
+        name: path
+        for name, path in _files(folder).items()
+        if (parts is None or name.partition("/")[0] in parts) and not _LEFT_BY_SYSTEMS.fullmatch(path.name)
+    }
+    text = json.dumps(_entries(files, contents=True), indent=1) + "\n"
     part = folder.with_name(f".{folder.name}.{MANIFEST}.new")
     part.write_text(text, encoding="utf-8")
     part.rename(folder / MANIFEST)
 
 
-def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
-    """Compares every file with the manifest. Orbax has no checksum of its own: a flipped bit would load in silence.
+def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> list[str]:
+    """Compares every file of the manifest. Orbax has no checksum of its own: a flipped bit would load in silence.
+
+    Returns the files that are not in the manifest, such as a README or what a file manager leaves: they are no damage, for
+    nothing reads them.
 
     Raises:
         FileNotFoundError: no manifest, so this is not a model folder.
-        ValueError: names the files that are damaged, missing or unknown.
+        ValueError: names the files that are damaged or missing.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -393,9 +408,9 @@ def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
         expected = {name: dict(entry) for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, AttributeError, TypeError):
         raise ValueError(f"{path} is damaged.") from None
-    found = _entries(folder, contents)
+    files = _files(folder)
+    found = _entries({name: file for name, file in files.items() if name in expected}, contents)
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not in the manifest" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         if expected[name].get("bytes") != found[name]["bytes"]:
             problems.append(f"{name} has {found[name]['bytes']} bytes, expected {expected[name].get('bytes')}")
@@ -403,3 +418,4 @@ def verify_manifest(folder: pathlib.Path, *, contents: bool = True) -> None:
             problems.append(f"{name} is damaged")
     if problems:
         raise ValueError(f"{folder} differs from its {MANIFEST}: {'; '.join(problems[:5])}.")
+    return [name for name in files if name not in expected]

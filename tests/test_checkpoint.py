@@ -109,10 +109,47 @@ def test_one_flipped_bit_is_found_and_the_file_named(folder):
         checkpoint.restore_model(folder, abstract())
 
 
-def test_missing_and_unknown_files_are_named(folder):
-    (folder / "tokenizer" / "words").rename(folder / "tokenizer" / "other")
-    with pytest.raises(ValueError, match=r"tokenizer/words is missing; tokenizer/other is not in the manifest"):
+ADDED = (
+    ".DS_Store",
+    ".gitattributes",
+    "README.md",
+    ".cache/huggingface/x.metadata",
+    "dit/.DS_Store",
+    "tokenizer/._words",
+)
+
+
+def test_files_that_are_added_are_no_damage(folder):
+    for name in ADDED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert sorted(checkpoint.verify_manifest(folder)) == sorted(ADDED)
+    config, params = checkpoint.restore_model(folder, abstract())
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    # Nor do they become a part of the model when something else of it is written.
+    checkpoint.save_model(folder, CONFIG, {"vae": PARAMS["vae"]})
+    assert sorted(checkpoint.verify_manifest(folder)) == sorted(ADDED)
+
+
+@pytest.mark.parametrize("change", ["missing", "truncated", "longer", "changed"])
+def test_files_of_the_model_that_differ_are_damage_whatever_is_added(folder, change):
+    (folder / "README.md").write_text("x")
+    path = folder / "tokenizer" / "words"
+    path.write_bytes({"missing": b"", "truncated": b"", "longer": b"ab", "changed": b"b"}[change])
+    message = {
+        "missing": "tokenizer/words is missing",
+        "truncated": "tokenizer/words has 0 bytes, expected 1",
+        "longer": "tokenizer/words has 2 bytes, expected 1",
+        "changed": "tokenizer/words is damaged",
+    }[change]
+    if change == "missing":
+        path.unlink()
+    with pytest.raises(ValueError, match=f"MANIFEST.json: {message}.$"):
         checkpoint.restore_model(folder, abstract())
+
+
+def test_a_missing_manifest_is_named(folder):
     (folder / "MANIFEST.json").unlink()
     with pytest.raises(FileNotFoundError, match="is not a model folder: it has no MANIFEST.json"):
         checkpoint.restore_model(folder, abstract())

@@ -20,6 +20,7 @@ import numpy as np
 from magref_jax.checkpoint import (
     MANIFEST,
     NETWORKS,
+    PARTS,
     ParamsWriter,
     verify_manifest,
     write_manifest,
@@ -250,15 +251,18 @@ def run(
                 shutil.copyfile(file, partial / "tokenizer" / file.name)
     if existing is not None:
         for child in sorted(out.iterdir()):
-            if child.is_dir() and not (partial / child.name).exists():
-                shutil.copytree(child, partial / child.name, copy_function=_link)
+            target = partial / child.name
+            if child.is_dir() and not target.exists():
+                shutil.copytree(child, target, copy_function=_link)
+            elif child.is_file() and child.name not in ("config.json", MANIFEST):  # a README that somebody has added
+                _link(str(child), str(target))
     if plan.sentencepiece is not None and not (partial / "tokenizer" / SPIECE).exists():
         (partial / "tokenizer").mkdir(exist_ok=True)
         (partial / "tokenizer" / SPIECE).write_bytes(plan.sentencepiece.read().tobytes())
     for part in plan.parts:
         _journal(partial / part.network.name).unlink(missing_ok=True)
     (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
-    write_manifest(partial)
+    write_manifest(partial, PARTS)
     if existing is not None:
         shutil.rmtree(_old(out), ignore_errors=True)
         out.rename(_old(out))

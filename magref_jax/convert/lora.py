@@ -253,7 +253,7 @@ def lora_file(path: str | pathlib.Path) -> pathlib.Path:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; expected a LoRA file there.")
         return path
-    found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("[!.]*.safetensors"))
     if not found:
         raise FileNotFoundError(f"{path} is a folder without a LoRA; expected {' or '.join(FOLDER_FILES)} in it.")
     if len(found) > 1 and found[0].name not in FOLDER_FILES:

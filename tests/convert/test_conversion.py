@@ -210,8 +210,18 @@ def test_a_model_is_completed_one_network_at_a_time(sources, tmp_path, capsys):
     run(source, tmp_path / "whole")
     run(source / torch_folders.WAN_FILES["vae"], tmp_path / "model")
     assert "not in SOURCE: dit, text_encoder, image_encoder" in capsys.readouterr().out
+    added = {"README.md": b"ours", ".cache/x": b"x"}
+    for name, content in added.items():
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(content)
     run(source, tmp_path / "model", "--only", "dit,text_encoder,image_encoder")
-    assert contents(tmp_path / "model") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "model") == contents(tmp_path / "whole") | added
+    capsys.readouterr()
+    run(tmp_path / "model", "--verify")
+    assert sorted(capsys.readouterr().out.splitlines()[:-1]) == [
+        "not of the model: .cache/x",
+        "not of the model: README.md",
+    ]
     assert "holds vae already" in fails(capsys, source, tmp_path / "model", "--only", "vae")
 
 

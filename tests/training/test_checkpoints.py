@@ -144,6 +144,20 @@ def test_checkpoints_hold_nothing_of_the_machine_and_coreutils_agree(tmp_path):
         subprocess.run(["sha256sum", "-c", "MANIFEST.sha256"], cwd=tmp_path / "checkpoints/3", check=True)
 
 
+def test_files_that_are_added_are_no_damage(tmp_path):
+    state = make_state(3)
+    save_all(tmp_path, 3)
+    for name in (".DS_Store", "3/.DS_Store", "3/items/.DS_Store", "3/items/state/.DS_Store", "3/items/README.md"):
+        (tmp_path / name).write_text("x")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [3]
+        restored, _, _ = checkpoints.restore(3, abstract(state))
+        assert restored.step == state.step
+        next((tmp_path / "3/items/state").rglob("[!.]*")).unlink()
+        with pytest.raises(ValueError, match="Checkpoint 3 is damaged: .* is missing"):
+            checkpoints.restore(3, abstract(state))
+
+
 def test_a_flipped_bit_in_any_file_is_reported_by_its_name(tmp_path):
     save_all(tmp_path, 2, 3)
     files = sorted(path for path in (tmp_path / "3").rglob("*") if path.is_file())
