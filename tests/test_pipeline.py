@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -512,6 +514,60 @@ def test_a_tokenizer_of_more_tokens_than_the_text_encoder_has_is_refused(model_f
     (tmp_path / "model" / "config.json").write_text(dataclasses.replace(CONFIG, text_encoder=text_encoder).to_json())
     with pytest.raises(ValueError, match=r"tokens, more than text_encoder.vocab_size=9"):
         pipeline.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), FileNotFoundError, "model does not exist; a model folder holds"),
+        (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "it has no config.json"),
+        (lambda folder: cut(folder / "config.json"), ValueError, "config.json: is not JSON: "),
+        (lambda folder: (folder / "config.json").write_text("null"), ValueError, "config.json: config=None must be"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ValueError, "config.json: 'utf-8' codec"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), FileNotFoundError, "tokenizer does not exist; expected"),
+        (
+            lambda folder: cut(folder / "tokenizer/tokenizer.json"),
+            ValueError,
+            "tokenizer holds no tokenizer that can be",
+        ),
+        (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), ValueError, "tokenizer holds no tokenizer"),
+        (lambda folder: (folder / "MANIFEST.json").unlink(), FileNotFoundError, "it has no MANIFEST.json"),
+        (lambda folder: cut(folder / "MANIFEST.json"), ValueError, "MANIFEST.json is damaged"),
+        (lambda folder: shutil.rmtree(folder / "dit"), ValueError, "is missing"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(model_folder, tmp_path, damage, error, message):  # noqa: F811
+    shutil.copytree(model_folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(error, match=re.escape(message)) as refused:
+        pipeline.load(tmp_path / "model")
+    assert str(tmp_path / "model") in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "Errno" not in str(refused.value)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_an_import_says_and_changes_nothing_and_needs_no_torch(model_folder):  # noqa: F811
+    script = f"""
+import os, pathlib, sys
+sys.modules["torch"] = None  # as if it were not installed
+import jax
+flags = dict(jax.config.values)
+import magref_jax.pipeline
+assert "transformers" not in sys.modules
+assert dict(jax.config.values) == flags
+assert not jax._src.xla_bridge.backends_are_initialized()
+magref_jax.pipeline.load_tokenizer(pathlib.Path({str(model_folder)!r}))
+assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
+import transformers
+assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(
