@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -10,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -353,8 +354,16 @@ def _read_journal(journal: pathlib.Path) -> dict[str, bool]:
     return {name: bool(broken) for broken, _, name in (line.partition("\t") for line in lines[:-1])}
 
 
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Makes errors of the system of those of tensorstore, whose type is one for all and whose text names its own source."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{folder} could not be written: {_system_reason(error)}.") from None
+
+
 def _system_reason(error: Exception) -> str:
-    """What the system said, out of tensorstore's message, which also names places of its source."""
     known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO))
     return next((reason for reason in known if reason in str(error)), str(error).splitlines()[0])
 
@@ -364,7 +373,8 @@ def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], 
     journal = _journal(folder)
     written = _read_journal(journal)
     stacked = {path: filling.layer is not None for filling in part.fillings for path in filling.rule.flax_paths}
-    writer = ParamsWriter(folder, part.abstract, stacked.__getitem__, keep=bool(written))
+    with _writing(folder):
+        writer = ParamsWriter(folder, part.abstract, stacked.__getitem__, keep=bool(written))
 
     def convert(filling: Filling) -> tuple[Filling, bool]:
         if filling.name in written:
@@ -372,14 +382,9 @@ def convert_network(part: Part, folder: pathlib.Path, progress: Callable[[int], 
         values = part.network.tensors[filling.name].read()
         broken = not np.isfinite(values).all()
         for path, array in filling.arrays(values):
-            write(path, array, filling.layer)
+            with _writing(folder):
+                writer.write(path, array, filling.layer)
         return filling, broken
-
-    def write(path: str, array: np.ndarray, layer: int | None) -> None:
-        try:
-            writer.write(path, array, layer)
-        except ValueError as error:  # of tensorstore, whatever it is; a full disk among others
-            raise OSError(f"{folder}: {path} could not be written: {_system_reason(error)}.") from None
 
     # Two at a time: one is read and cast while the other is packed and written.
     with naming(journal), concurrent.futures.ThreadPoolExecutor(2) as pool, journal.open("a", encoding="utf-8") as file:

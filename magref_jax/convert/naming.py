@@ -167,13 +167,12 @@ def _common(name: str, prefix: str) -> str:
 def notes(chosen: Set, sets: Sequence[Set], wrappers: Sequence[str]) -> tuple[str, ...]:
     """What a plan says of how a network was found."""
     said = []
-    if others := sorted(
-        {each.key or "(none)" for each in sets if each.network == chosen.network} - {chosen.key or "(none)"}
-    ):
-        average = ", the moving average," if chosen.rank == 0 else ""
-        said.append(
-            f"{chosen.key or '(none)'}{average} is taken, not {', '.join(others)}; --set source.key=KEY takes another"
-        )
+    key, keys = chosen.key or "(none)", {each.key or "(none)" for each in sets if each.network == chosen.network}
+    average = ", the moving average," if chosen.rank == 0 else ""
+    if others := sorted(keys - {key}):
+        said.append(f"{key}{average} is taken, not {', '.join(others)}; --set source.key=KEY takes another")
+    elif average:
+        said.append(f"{key}{average} is taken; there is no other")
     if taken_off := [*filter(None, (chosen.key,)), *wrappers]:
         said.append(f"names are taken without {', '.join(map(repr, taken_off))}")
     return tuple(said)

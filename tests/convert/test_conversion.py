@@ -419,7 +419,7 @@ def test_a_disk_that_fills_up_is_told_and_the_rest_goes_on(sources, tmp_path, ca
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ParamsWriter, "write", fill)
         error = fails(capsys, sources["comfy"][0], tmp_path / "model", "--only", "vae")
-    assert re.search(r"convert_torch_weights.py: .*vae: \S+ could not be written: No space left on device\.\n$", error)
+    assert re.search(r"convert_torch_weights.py: .*vae could not be written: No space left on device\.\n$", error)
     assert not (tmp_path / "model").exists()
     run(sources["comfy"][0], tmp_path / "model", "--only", "vae", "--resume")
     run(sources["comfy"][0], tmp_path / "whole", "--only", "vae")

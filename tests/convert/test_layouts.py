@@ -309,6 +309,7 @@ def test_the_set_of_weights_is_found_and_said(name, flat, plain, tmp_path, capsy
     others = sorted(set(keys) - {taken})
     average = ", the moving average," if "ema" in taken else ""
     assert not others or f"dit: {taken}{average} is taken, not {', '.join(others)}; --set source.key=KEY" in out
+    assert bool(others or average) == (f"dit: {taken}{average} is taken" in out)
 
 
 @pytest.mark.parametrize(
