@@ -535,7 +535,7 @@ def test_a_tokenizer_of_more_tokens_than_the_text_encoder_has_is_refused(model_f
         (lambda folder: cut(folder / "MANIFEST.json"), ValueError, "MANIFEST.json is damaged"),
         (lambda folder: shutil.rmtree(folder / "dit"), ValueError, "is missing"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
 def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(model_folder, tmp_path, damage, error, message):  # noqa: F811
     shutil.copytree(model_folder, tmp_path / "model")
