@@ -14,6 +14,11 @@ import pathlib
 import re
 from typing import Any
 
+if __name__ == "__main__":
+    from magref_jax import interrupts
+
+    interrupts.end_silently()
+
 from tqdm import tqdm
 
 from magref_jax import pipeline

@@ -20,6 +20,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+if __name__ == "__main__":
+    from magref_jax import interrupts
+
+    interrupts.end_silently()
+
 import jax
 from jax.sharding import Mesh
 from PIL import Image

@@ -2,8 +2,8 @@
 
     python train.py configs/smoke.py --output-dir runs/smoke --num-steps 20
 
-A preset is a Python file with a `config`; those of this folder are found wherever one stands. The same command continues a run that was cut off, to the bit, and a longer `--num-steps` continues a finished one. OUTPUT_DIR
-holds:
+A preset is a Python file with a `config`; those of this folder are found wherever one stands. The same command continues a
+run that was cut off, to the bit, and a longer `--num-steps` continues a finished one. OUTPUT_DIR holds:
 
     config.json      the preset with all overrides
     metrics.jsonl    one line a step: step, loss and everything else that was measured
@@ -22,18 +22,16 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import pathlib
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130)
-    )  # without a word while the libraries load, which takes seconds
+if __name__ == "__main__":
+    from magref_jax import interrupts
+
+    interrupts.end_silently()
 
 import jax
 import jax.numpy as jnp
@@ -381,6 +379,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
+from magref_jax import interrupts
+
 # What a user can mend: a wrong option, file or folder, a full disk, a missing package. Anything else is a fault of ours.
 EXPECTED = (ValueError, OSError, ImportError)
 WRONG_REQUEST = 2  # exit status
-INTERRUPTED = 130
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two letters or more: `C:/` is a drive
 
 
@@ -26,6 +27,7 @@ def program(name: str) -> Iterator[None]:
 
     Exit status 2 and 130. With `MAGREF_TRACEBACK=1` in the environment errors keep their traceback.
     """
+    interrupts.raise_as_usual()
     try:
         yield
     except EXPECTED as error:
@@ -35,7 +37,7 @@ def program(name: str) -> Iterator[None]:
         sys.exit(WRONG_REQUEST)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupts.INTERRUPTED)
 
 
 def check_devices() -> None:

@@ -347,7 +347,8 @@ def load(
 ) -> Model:
     """Reads a model folder; parameters come in the dtype they are stored in, straight to the devices of `mesh`.
 
-    `dtype` is what all networks compute in; None is what the folder's config says of each. `loras` are files, or what `read_lora` made of them, with their strengths; they are merged into the transformer.
+    `dtype` is what all networks compute in; None is what the folder's config says of each. `loras` are files, or what
+    `read_lora` made of them, with their strengths; they are merged into the transformer.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.

@@ -3,13 +3,17 @@ import errno
 import os
 import pathlib
 import pwd
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from magref_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +112,18 @@ def test_a_platform_that_is_not_there_is_one_sentence(platform, reason):
     assert f"JAX cannot start on JAX_PLATFORMS={platform}: {reason}" in line
     assert "JAX_PLATFORMS=cpu" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py configs/smoke.py", "sample.py", "convert_torch_weights.py here there"])
+def test_ctrl_c_while_the_libraries_load_says_nothing(tmp_path, script):
+    program, *words = script.split()
+    command = [sys.executable, str(ROOT / program), *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "jaxlib" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip() in ("", f"{program}: interrupted")
+    assert list(tmp_path.iterdir()) == []

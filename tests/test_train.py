@@ -6,7 +6,6 @@ import hashlib
 import json
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -194,19 +193,6 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="to see what is loaded")
-def test_ctrl_c_while_the_libraries_load_says_nothing_and_before_training_a_word(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "configs/smoke.py", "--output-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    maps = pathlib.Path(f"/proc/{process.pid}/maps")
-    while process.poll() is None and "jaxlib" not in maps.read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.strip() in ("", "train.py: interrupted")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("arguments", [[], ["--num-steps", "3"]])
 def test_without_a_preset_the_usage_is_told(capsys, arguments):
     assert "usage: python train.py configs/NAME.py" in refused(capsys, *arguments)

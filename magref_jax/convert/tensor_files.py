@@ -1,4 +1,6 @@
-"""Files of named tensors: safetensors in and out, torch's `.pth`, `.pt`, `.bin` and `.ckpt` in. Headers first, then one tensor at a time.
+"""Files of named tensors: safetensors in and out, torch's `.pth`, `.pt`, `.bin` and `.ckpt` in.
+
+Headers first, then one tensor at a time.
 
 A checkpoint of 65 GB passes through a machine of 16 GB because nothing here maps or reads a whole file. That is why the
 safetensors format is read here and not by its library, which maps the file, cannot hand 8-bit floats to NumPy and in release
