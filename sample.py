@@ -40,6 +40,7 @@ from magref_jax.diffusion.step_cache import load_plan
 from magref_jax.dry_run import check_memory, dry_run, stored_shapes
 from magref_jax.models.attention import IMPLEMENTATIONS
 from magref_jax.prompts import ALIASES, Checks, Entry
+from magref_jax.video import frame_rate
 
 BUNDLED = pathlib.Path(magref_jax.__file__).parent / "bundled"
 MAX_BATCH = 4096
@@ -284,9 +285,7 @@ def check_options(arguments: argparse.Namespace, checks: Checks) -> dict[str, An
         if not lowest <= getattr(arguments, flag) <= highest:
             checks.problems.append(f"--{flag} {getattr(arguments, flag)}: must be {lowest} to {highest}.")
     right = {}
-    if arguments.fps is not None and not 0 < arguments.fps < 1000:
-        checks.problems.append(f"--fps {arguments.fps}: must be positive, and less than 1000.")
-    elif arguments.fps is not None:
+    if arguments.fps is not None and checks.attempt(f"--fps {arguments.fps}", frame_rate, arguments.fps) is not None:
         right["fps"] = arguments.fps
     if arguments.attention not in (None, "auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))
