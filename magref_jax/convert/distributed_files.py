@@ -1,6 +1,7 @@
 """Checkpoints of torch.distributed: folders of `.metadata` and `.distcp` files, read by torch's own reader, tensor by tensor."""
 
 import dataclasses
+import enum
 import io
 import math
 import pathlib
@@ -125,7 +126,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return _PATHS[name]
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise ValueError(f"it names {module}.{name}")
+
+
+def _member(owner: Any, name: str) -> enum.Enum:
+    """What `getattr` is for here: some releases of Python 3.11 pickle a member of an enumeration as an attribute of its class."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum)) or name not in owner.__members__:
+        raise ValueError(f"it asks for {name!r} of {owner!r}")
+    return owner[name]
 
 
 def _reader(folder: pathlib.Path, metadata: Any) -> Any:

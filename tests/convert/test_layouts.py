@@ -3,6 +3,7 @@
 What is expected is the conversion of the plain files, and torch's own arithmetic where values are scaled.
 """
 
+import enum
 import functools
 import json
 import pathlib
@@ -275,6 +276,34 @@ def test_the_description_of_a_distributed_checkpoint_runs_nothing(tmp_path, caps
     file.unlink()
     assert "__0_0.distcp, which is missing" in fails(capsys, tmp_path / "source", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles values of one kind as attributes: members of enumerations, as Python 3.11.2 does, or paths, as nothing does."""
+
+    def __init__(self, file, kind):
+        super().__init__(file)
+        self.kind = kind
+
+    def reducer_override(self, value):
+        if isinstance(value, self.kind):
+            return getattr, (type(value), "name" if isinstance(value, pathlib.PurePath) else value.name)
+        return NotImplemented
+
+
+@pytest.mark.parametrize(("kind", "is_read"), [(enum.Enum, True), (pathlib.PurePath, False)])
+def test_attributes_in_the_description_are_members_of_enumerations_alone(tmp_path, capsys, kind, is_read):
+    save_distributed(tmp_path / "source", made("dit"))
+    metadata = pickle.loads((tmp_path / "source" / ".metadata").read_bytes())
+    metadata.storage_meta.checkpoint_id = pathlib.Path("elsewhere")
+    with (tmp_path / "source" / ".metadata").open("wb") as file:
+        _Pickler(file, kind).dump(metadata)
+    command = tmp_path / "source", tmp_path / "model", "--dry_run"
+    if is_read:
+        run(*command, *OPTIONS)
+        assert "dit" in capsys.readouterr().out
+    else:
+        assert "it asks for 'name' of" in fails(capsys, *command)
 
 
 # Several sets of weights
