@@ -1032,6 +1032,29 @@ def test_help_imports_no_other_framework_and_changes_no_setting():
     assert done.stdout.split() == ["None", "True"]
 
 
+def test_where_and_how_python_runs_changes_no_byte(model_folder, work):
+    """From another folder, with -O and -W error, without HOME, with spaces, commas, umlauts and colons in names."""
+    here = work / "ein Ördner, neu: 1"
+    here.mkdir()
+    picture((250, 20, 20)).save(here / "ein Äpfel, rot.png")
+    options = "--prompt", "the apple rises", "--seed", "5", "--steps", "2", "--no_metadata"
+    make(model_folder, *options, "--ref", here / "ein Äpfel, rot.png:apple", "--out", "plain")
+
+    command = [sys.executable, "-O", "-W", "error", str(ROOT / "sample.py"), "--model", str(model_folder), *options]
+    command += ["--ref", "ein Äpfel, rot.png:apple", "--out", "aus gabe: 2"]
+    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    # What conftest.py sets in this process.
+    kept |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    done = subprocess.run(
+        [*command, "--compile_cache", "none"], cwd=here, env=kept, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stdout + done.stderr
+    (video,), (expected,) = (here / "aus gabe: 2").glob("*.mp4"), (work / "plain").glob("*.mp4")
+    assert video.name == expected.name
+    assert video.read_bytes() == expected.read_bytes()
+
+
 def test_the_compilation_cache_is_where_one_says(model_folder, work, monkeypatch):
     found = []
     monkeypatch.setattr(sample, "keep_compiled_programs", found.append)
