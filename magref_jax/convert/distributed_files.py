@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from magref_jax.convert.tensor_files import TORCH_DTYPES, import_torch
+from magref_jax.convert.tensor_files import TORCH_DTYPES, first_line, import_torch
 
 METADATA = ".metadata"
 # What the pickle of `.metadata` may name: descriptions of tensors and of where they lie, and nothing that does anything.
@@ -62,7 +62,7 @@ class DistributedTensor:
         except OSError:
             raise
         except Exception as error:  # what torch runs into in a damaged file is of many types
-            raise ValueError(f"{self.file.parent}: {self.name!r} is damaged: {_first_line(error)}") from None
+            raise ValueError(f"{self.file.parent}: {self.name!r} is damaged: {first_line(error)}") from None
         return tensor.reshape(-1).view(torch.uint8).numpy().view(self.dtype).reshape(self.shape)
 
 
@@ -114,7 +114,7 @@ def _read_metadata(file: pathlib.Path) -> Any:
         raise
     except Exception as error:  # what pickle runs into in a damaged file is of many types
         raise ValueError(
-            f"{file} describes something other than tensors, or is damaged, and was not loaded: {_first_line(error)}"
+            f"{file} describes something other than tensors, or is damaged, and was not loaded: {first_line(error)}"
         ) from None
 
 
@@ -147,8 +147,3 @@ def _reader(folder: pathlib.Path, metadata: Any) -> Any:
             return metadata
 
     return Reader(folder)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -271,9 +271,8 @@ def _load_pth(path: pathlib.Path) -> tuple[Any, dict[int, int]]:
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True), records
     except Exception as error:  # and so is what the unpickler refuses with
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} holds something other than tensors, or is damaged, and was not loaded: {reason}"
+            f"{path} holds something other than tensors, or is damaged, and was not loaded: {first_line(error)}"
         ) from None
 
 
@@ -335,6 +334,12 @@ def _read_records(path: pathlib.Path) -> dict[int, int]:
             file.seek(record.header_offset + 26)
             sizes[record.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))] = record.file_size
     return sizes
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, which torch follows with advice and its own stack; its type if it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def import_torch(path: pathlib.Path) -> Any:
